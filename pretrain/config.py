@@ -1,0 +1,442 @@
+"""The typed schema of a run, and the only place that holds a default.
+
+A run is one YAML file. Any key can be overridden as `section.key=value`. Whatever does not fit the schema
+is refused with one line that names the file, the key, the value and what would do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from data_pipeline import UserError
+
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys and lenient conversions ("3" for 3) are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class RunConfig(Section):
+    """Who the run is, where it lives, how it starts and stops."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run's folder."""
+    dir: str = "runs"
+    """Folder that holds the runs."""
+    seed: NonNegativeInt = 0
+    """Seeds the initial weights and the order of the data."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint in the run's folder; with false, a folder in use is an error."""
+    stop_after: PositiveInt | None = None
+    """Save and stop cleanly after this many steps of this start."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.dir) / self.name
+
+
+class ModelConfig(Section):
+    """The Llama-shaped trunk."""
+
+    layers: PositiveInt
+    """Number of transformer blocks."""
+    width: PositiveInt
+    """Width of the residual stream, D."""
+    heads: PositiveInt
+    """Number of query heads; must divide the width."""
+    kv_heads: PositiveInt | None = None
+    """Number of key and value heads; must divide `heads`. None: as many as `heads`."""
+    mlp_width: PositiveInt | None = None
+    """Inner width of SwiGLU. None: 128·round((8·D/3)/128), as in the paper."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding. None: exactly the data set's vocabulary; may be larger, never smaller."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the output head."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary position frequencies."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Epsilon of every RMSNorm."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the normal initialisation of every matrix."""
+    init_from: str | None = None
+    """An exported folder whose weights start this run (the optimizer starts fresh)."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.heads={self.heads} does not divide model.width={self.width}; "
+                f"choose one of {_divisors(self.width, up_to=64)}"
+            )
+        if (self.width // self.heads) % 2:
+            raise ValueError(
+                f"model.width={self.width} / model.heads={self.heads} is odd, and rotary positions need an "
+                "even width per head; choose another number of heads"
+            )
+        if self.heads % self.key_value_heads:
+            raise ValueError(
+                f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}; "
+                f"choose one of {_divisors(self.heads, up_to=self.heads)}"
+            )
+        return self
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def inner_width(self) -> int:
+        """Inner width of SwiGLU (PAPER: 128·round((8·D/3)/128), at least 128)."""
+        return self.mlp_width or max(128, 128 * round(8 * self.width / 3 / 128))
+
+
+class NextTokenConfig(Section):
+    """Plain next-token prediction (GPT)."""
+
+    name: Literal["next_token"]
+
+
+class NextLatConfig(Section):
+    """Next-latent prediction (arXiv 2511.05963)."""
+
+    name: Literal["nextlat"]
+    horizon: PositiveInt
+    """Number of rollout steps d of the latent dynamics model."""
+    next_latent_weight: NonNegativeFloat
+    """λ_h, the weight of the SmoothL1 term."""
+    kl_weight: NonNegativeFloat
+    """λ_KL, the weight of the KL term."""
+    dynamics_width: PositiveInt
+    """Hidden width of the latent dynamics model p_psi."""
+
+
+ObjectiveConfig = Annotated[NextTokenConfig | NextLatConfig, Field(discriminator="name")]
+
+
+class DataConfig(Section):
+    """What is read."""
+
+    path: str
+    """A data set folder made by `python -m data_pipeline.prepare`."""
+    sequence_length: Annotated[int, Field(ge=2)]
+    """Tokens in a sequence, T."""
+
+
+class BatchConfig(Section):
+    """How much is read per step."""
+
+    global_sequences: PositiveInt
+    """Sequences per optimizer step, over all ranks and accumulation steps."""
+    micro_sequences: PositiveInt
+    """Sequences per rank in one forward pass; gradient accumulation follows from it."""
+
+    def accumulation_steps(self, ranks: int) -> int:
+        """Forward passes per optimizer step on each of `ranks` ranks; UserError if they do not fit."""
+        if self.global_sequences % (ranks * self.micro_sequences):
+            raise UserError(
+                f"batch.global_sequences={self.global_sequences} is not a multiple of {ranks} ranks × "
+                f"batch.micro_sequences={self.micro_sequences}; choose a multiple of "
+                f"{ranks * self.micro_sequences}, or other micro sequences"
+            )
+        return self.global_sequences // (ranks * self.micro_sequences)
+
+
+class OptimizerConfig(Section):
+    """AdamW. Weight decay applies to matrices; norms have none."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat
+    """Decoupled weight decay."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """Decay of the first and second moments."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    gradient_clip: PositiveFloat | None
+    """Largest global norm of the gradient; null switches clipping off."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate over a run, and its length. Every length is given in steps or in tokens."""
+
+    name: Literal["constant", "cosine", "wsd"]
+    """wsd: warm-up, stable, then a linear decay."""
+    steps: PositiveInt | None = None
+    """Length of the run in optimizer steps; this or `tokens`."""
+    tokens: PositiveInt | None = None
+    """Length of the run in tokens; this or `steps`."""
+    warmup_steps: NonNegativeInt | None = None
+    """Linear warm-up from zero; this or `warmup_tokens`, none by default."""
+    warmup_tokens: NonNegativeInt | None = None
+    decay_steps: PositiveInt | None = None
+    """Length of the final linear decay (wsd alone); this or `decay_tokens`."""
+    decay_tokens: PositiveInt | None = None
+    final_fraction: Fraction = 0.0
+    """Learning rate at the end of cosine or wsd, as a fraction of the peak."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> ScheduleConfig:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give exactly one of schedule.steps and schedule.tokens")
+        if self.warmup_steps is not None and self.warmup_tokens is not None:
+            raise ValueError("give schedule.warmup_steps or schedule.warmup_tokens, not both")
+        decays = (self.decay_steps is not None) + (self.decay_tokens is not None)
+        if decays != (1 if self.name == "wsd" else 0):
+            raise ValueError(
+                "schedule.name=wsd needs exactly one of schedule.decay_steps and schedule.decay_tokens"
+                if self.name == "wsd"
+                else f"schedule.decay_steps and schedule.decay_tokens have no meaning for schedule.name={self.name}"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the run is saved. A run is always saved at its end."""
+
+    every: PositiveInt | None = None
+    """Steps between two checkpoints; null: at the end alone."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay."""
+
+
+class FaultsConfig(Section):
+    """How the run meets trouble."""
+
+    collective_timeout_minutes: PositiveFloat = 30.0
+    """A rank that waits longer than this for the others gives up."""
+
+
+class MetricsConfig(Section):
+    """Where the numbers go. metrics.jsonl is always written."""
+
+    console_every: PositiveInt = 1
+    """Steps between two console lines."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; its run id is kept in the run's folder."""
+    wandb_project: str = "nextlat"
+    peak_tflops: PositiveFloat | None = None
+    """Peak dense TFLOP/s of one accelerator, for `mfu`. None: known by the GPU's name, else mfu is null."""
+
+
+class ValidationConfig(Section):
+    """Validation on the data set's validation split."""
+
+    every: PositiveInt | None = None
+    """Steps between two validations; null: at the end alone."""
+    sequences: PositiveInt | None = None
+    """How many sequences are read, from the start of the split; null: all of them."""
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    deepspeed: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+    """Ordinary DeepSpeed configuration, passed through. What follows from the run's own keys is refused here."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    validation: ValidationConfig = ValidationConfig()
+
+    @model_validator(mode="after")
+    def _check_sections_against_each_other(self) -> Config:
+        horizon = getattr(self.objective, "horizon", 0)
+        if horizon >= self.data.sequence_length:
+            raise ValueError(
+                f"objective.horizon={horizon} must be smaller than data.sequence_length="
+                f"{self.data.sequence_length}; shorten the horizon or lengthen the sequences"
+            )
+        if self.batch.global_sequences % self.batch.micro_sequences:
+            raise ValueError(
+                f"batch.global_sequences={self.batch.global_sequences} is not a multiple of "
+                f"batch.micro_sequences={self.batch.micro_sequences}; choose a multiple of it"
+            )
+        if self.warmup_steps + self.decay_steps > self.total_steps:
+            raise ValueError(
+                f"schedule: {self.warmup_steps} warm-up and {self.decay_steps} decay steps do not fit into "
+                f"{self.total_steps} steps; shorten them or lengthen the run"
+            )
+        derived = {
+            "train_batch_size": "batch.global_sequences",
+            "train_micro_batch_size_per_gpu": "batch.micro_sequences",
+            "gradient_accumulation_steps": "batch.global_sequences and batch.micro_sequences",
+            "optimizer": "optimizer",
+            "scheduler": "schedule",
+            "gradient_clipping": "optimizer.gradient_clip",
+            "fp16": "run.precision",
+            "bf16": "run.precision",
+            "data_types": "run.precision",
+        }
+        for key in self.deepspeed:
+            if key in derived:
+                raise ValueError(f"deepspeed.{key} follows from {derived[key]}; set that and leave this out")
+        if not isinstance(self.deepspeed.get("zero_optimization", {}), dict):
+            raise ValueError("deepspeed.zero_optimization must be a mapping, such as {stage: 3}")
+        stage = self.zero_stage
+        if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+            raise ValueError(f"deepspeed.zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a global batch."""
+        return self.batch.global_sequences * self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run in optimizer steps."""
+        return self._in_steps(self.schedule.steps, self.schedule.tokens)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Length of the warm-up in optimizer steps."""
+        return self._in_steps(self.schedule.warmup_steps, self.schedule.warmup_tokens)
+
+    @property
+    def decay_steps(self) -> int:
+        """Length of the final linear decay in optimizer steps; 0 unless the schedule is wsd."""
+        return self._in_steps(self.schedule.decay_steps, self.schedule.decay_tokens)
+
+    @property
+    def zero_stage(self) -> Any:
+        """The ZeRO stage, 3 unless the deepspeed section says otherwise."""
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 3)
+
+    def _in_steps(self, steps: int | None, tokens: int | None) -> int:
+        return steps if steps is not None else math.ceil((tokens or 0) / self.tokens_per_step)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a run's YAML file and apply `section.key=value` overrides.
+
+    Raises UserError, in one line, for whatever does not fit the schema.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the config ({error}); give the path of a YAML file") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config is a mapping of sections ({', '.join(Config.model_fields)})")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_describe(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: 3e-4 is a number, and off is a word."""
+
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Yaml12Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml12Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Yaml12Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|nan))$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Yaml12Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in place."""
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    target = values
+    for part in parts[:-1]:
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+        if not isinstance(target, dict):
+            raise UserError(f"override {override!r}: {part!r} is not a section")
+    target[parts[-1]] = _parse_yaml(text, f"override {override!r}")
+
+
+def _describe(error: ValidationError) -> str:
+    """The first problem of a failed validation, in one line; and how many more there are."""
+    problems = error.errors()
+    # A mistyped key shows up twice, as unknown and as missing: the unknown one explains more.
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    # A discriminated union puts the variant's name into the location; users know no such key.
+    location = [str(part) for part in problem["loc"] if part not in ("next_token", "nextlat")]
+    key = ".".join(location)
+    value = problem["input"]
+    match problem["type"]:
+        case "extra_forbidden":
+            line = f"unknown key {key}={value!r}{_suggestion(location)}"
+        case "missing":
+            line = f"missing key {key}; add it"
+        case "union_tag_not_found":
+            line = f"missing key {key}.name; add it (next_token or nextlat)"
+        case "union_tag_invalid":
+            line = f"{key}.name={value.get('name')!r} must be one of {problem['ctx']['expected_tags']}"
+        case "value_error":
+            line = str(problem["ctx"]["error"])
+        case _:
+            line = f"{key}={value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    more = len(problems) - 1
+    return line + (f" (and {more} more)" if more else "")
+
+
+def _suggestion(location: list[str]) -> str:
+    """`; did you mean …` or the keys that exist, for an unknown key at `location`."""
+    section: Any = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        section = annotation
+    if section is ObjectiveConfig or not hasattr(section, "model_fields"):
+        known = sorted({*NextTokenConfig.model_fields, *NextLatConfig.model_fields})
+    else:
+        known = list(section.model_fields)
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    return f"; did you mean {'.'.join([*location[:-1], close[0]])}?" if close else f"; known: {', '.join(known)}"
+
+
+def _divisors(number: int, up_to: int) -> str:
+    return ", ".join(str(n) for n in range(1, up_to + 1) if number % n == 0)

@@ -1,0 +1,115 @@
+"""Which rank am I, of how many, on which device: one answer for every launcher.
+
+The `deepspeed` launcher and torchrun set RANK, LOCAL_RANK and WORLD_SIZE; `srun` sets SLURM's variables; a bare
+`python -m` is one rank of one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that writes what is shared."""
+        return self.rank == 0
+
+
+def discover(environ: Mapping[str, str]) -> Ranks:
+    """Read the launcher's variables; UserError where they are incomplete."""
+    try:
+        if "RANK" in environ:
+            world = int(environ["WORLD_SIZE"])
+            local_world = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or "1"
+            return Ranks(int(environ["RANK"]), world, int(environ["LOCAL_RANK"]), int(local_world))
+        if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+            world, nodes = int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_NNODES", "1"))
+            return Ranks(int(environ["SLURM_PROCID"]), world, int(environ["SLURM_LOCALID"]), -(-world // nodes))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the launcher's environment is incomplete: {error} is missing or not a number") from None
+    return Ranks(0, 1, 0, 1)
+
+
+def start(timeout_minutes: float) -> tuple[Ranks, torch.device]:
+    """Join the process group, and say which rank and device this process has.
+
+    On CPUs each rank gets its share of the machine's cores, unless OMP_NUM_THREADS says otherwise.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    ranks = discover(os.environ)
+    os.environ |= {
+        "RANK": str(ranks.rank),
+        "WORLD_SIZE": str(ranks.world),
+        "LOCAL_RANK": str(ranks.local_rank),
+    }
+    os.environ.setdefault("MASTER_ADDR", _first_slurm_host() if "SLURM_JOB_NODELIST" in os.environ else "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", _slurm_port() if "SLURM_JOB_ID" in os.environ else _free_port())
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world))
+        # DeepSpeed would compile a shared-memory collective at the first start, and a build that is killed leaves
+        # a lock that hangs every later start. gloo needs no compiler and is fast enough for CPUs.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(ranks.local_rank)
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name()
+        if accelerator.device_name() != "cpu"
+        else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+    return ranks, torch.device(accelerator.current_device_name())
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum over all ranks, in place; also without a process group."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing without a process group."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _first_slurm_host() -> str:
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+
+
+def _slurm_port() -> str:
+    """The same on every rank of one start, and another one after a requeue, whose old port may linger."""
+    job, restarts = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return str(20_000 + (job * 7 + restarts) % 20_000)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

@@ -1,0 +1,103 @@
+"""From a run's config to a DeepSpeed engine: the one place where DeepSpeed is configured."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+
+from pretrain.config import Config, OptimizerConfig
+from pretrain.latent_dynamics import LatentDynamics
+from pretrain.model import PretrainingModel, initialise
+
+NEVER = 2**62
+
+
+def precision(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of the forward and backward pass: `run.precision`, with auto resolved for the device."""
+    match config.run.precision:
+        case "auto":
+            return torch.float32 if device.type == "cpu" else torch.bfloat16
+        case name:
+            return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def deepspeed_config(config: Config, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The run's `deepspeed` section, with all that follows from its other sections filled in.
+
+    Raises UserError where the batch does not fit the number of ranks.
+    """
+    result = copy.deepcopy(config.deepspeed)
+    result.setdefault("zero_optimization", {})["stage"] = config.zero_stage
+    result.setdefault("steps_per_print", NEVER)  # the run has a console line of its own
+    result |= {
+        "train_batch_size": config.batch.global_sequences,
+        "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
+        "gradient_accumulation_steps": config.batch.accumulation_steps(ranks),
+        "gradient_clipping": config.optimizer.gradient_clip or 0.0,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        # Micro-batches add up in float32, so that accumulation changes nothing but speed.
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    return result
+
+
+def build_engine(config: Config, vocab_size: int, ranks: int, device: torch.device) -> deepspeed.DeepSpeedEngine:
+    """A model with its initial weights, sharded as the config says, with its optimizer.
+
+    Under ZeRO-3 the weights are sharded while the model is built: no rank ever holds it whole.
+    """
+    dtype = precision(config, device)
+    settings = deepspeed_config(config, ranks, dtype)
+    sharded = config.zero_stage == 3
+    # The dtype is left to `settings`: zero.Init(dtype=torch.float32) gives bfloat16 weights where float16 is not
+    # supported, CPUs among them (DeepSpeed 0.19.8).
+    with deepspeed.zero.Init(config_dict_or_path=settings, enabled=sharded):
+        model = PretrainingModel(config, vocab_size)
+    initialise(model, config.run.seed, config.model.init_std, _gathered if sharded else _as_it_is)
+    if any(isinstance(module, LatentDynamics) for module in model.modules()):
+        # p_psi's layers are used once per rollout step: gather them once per pass, as one unit.
+        set_z3_leaf_modules(model, [LatentDynamics])
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model, config.optimizer, device), config=settings
+    )
+    return engine
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices alone."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if _dimensions(p) >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if _dimensions(p) < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=device.type == "cuda"
+    )
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine, config: Config) -> float | None:
+    """Global norm of the gradient before clipping, where the engine does not tell it after its step (stage 0)."""
+    if config.zero_stage != 0:
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # a sharded parameter's own shape is (0,)
+
+
+def _gathered(parameter: nn.Parameter) -> AbstractContextManager[object]:
+    return deepspeed.zero.GatheredParameters(parameter, modifier_rank=0)
+
+
+def _as_it_is(parameter: nn.Parameter) -> AbstractContextManager[object]:
+    from contextlib import nullcontext
+
+    return nullcontext()

@@ -1,0 +1,157 @@
+"""Where a run's numbers go: the console, metrics.jsonl, and Weights & Biases if asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_pipeline import UserError
+from pretrain.config import Config
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes one object per optimizer step. On every rank but the first it does nothing.
+
+    Args:
+        config: the run's config.
+        is_first: whether this rank writes.
+        keep_bytes: length to which an existing metrics.jsonl is cut: what came after the checkpoint comes again.
+        first_step: steps done already, where the progress bar starts.
+    """
+
+    def __init__(self, config: Config, is_first: bool, keep_bytes: int, first_step: int):
+        self.config = config
+        self.is_first = is_first
+        if not is_first:
+            return
+        path = config.run.folder / METRICS_FILE
+        path.touch()
+        if path.stat().st_size < keep_bytes:
+            raise UserError(
+                f"{path}: shorter than the checkpoint recorded; restore it, or choose another run.name"
+            )
+        os.truncate(path, keep_bytes)
+        self._file = path.open("a", encoding="utf-8")
+        self._wandb = _start_wandb(config)
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps, left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task(config.run.name, total=config.total_steps, completed=first_step)
+
+    def __enter__(self) -> Self:
+        """Shows the progress bar, where the output is a terminal."""
+        if self.is_first:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Flushes and closes everything."""
+        if self.is_first:
+            self._progress.stop()
+            self._file.close()
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=int(error is not None))
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """One step's numbers, in full precision."""
+        if not self.is_first:
+            return
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        self._progress.update(self._task, completed=values["step"])
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=values["step"])
+        step, total = values["step"], self.config.total_steps
+        if step % self.config.metrics.console_every == 0 or step == total or "val_loss" in values:
+            self._console.print(console_line(values, total))
+
+    def say(self, message: str) -> None:
+        """A line on the console."""
+        if self.is_first:
+            self._console.print(message)
+
+    def durable_bytes(self) -> int:
+        """Flush metrics.jsonl to disk; its length."""
+        if not self.is_first:
+            return 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+
+def console_line(values: Mapping[str, Any], total_steps: int) -> str:
+    """One step in one line, in the order in which people look."""
+    step = values["step"]
+    remaining = (total_steps - step) * values["step_seconds"]
+    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}", f"loss {values['loss']:.4f}"]
+    names = {"loss_next_token": "next-token", "loss_next_latent": "next-latent", "loss_kl": "kl"}
+    parts += [f"{name} {values[key]:.4f}" for key, name in names.items() if key in values and len(values) > 1]
+    parts += [
+        f"grad {values['grad_norm']:.3g}",
+        f"lr {values['learning_rate']:.2e}",
+        f"{values['tokens_per_second']:,.0f} tok/s",
+    ]
+    if values.get("mfu") is not None:
+        parts.append(f"mfu {values['mfu']:.1%}")
+    parts.append(f"{values['memory_peak_bytes'] / 2**30:.1f} GiB")
+    parts.append(f"data {values['data_seconds'] / max(values['step_seconds'], 1e-9):.0%}")
+    if "val_loss_next_token" in values:
+        parts.append(f"val {values['val_loss_next_token']:.4f}")
+    parts.append(f"eta {_clock(remaining)}")
+    return "  ".join(parts)
+
+
+def memory_peak_bytes(device: torch.device) -> int:
+    """The most memory that was in use so far: the accelerator's, or this process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _start_wandb(config: Config) -> Any:
+    """A Weights & Biases run that goes on under the same id after a restart; None if switched off."""
+    if config.metrics.wandb == "off":
+        return None
+    import wandb
+
+    id_file = config.run.folder / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return wandb.init(
+        project=config.metrics.wandb_project,
+        name=config.run.name,
+        id=id_file.read_text(encoding="utf-8"),
+        resume="allow",
+        mode=config.metrics.wandb,
+        dir=str(config.run.folder),
+        config=config.model_dump(mode="json"),
+    )

@@ -1,0 +1,79 @@
+"""The whole of what is trained: trunk, output head and objective, in one forward pass."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import Config
+from pretrain.objectives import LanguageModelHead, Objective, TokenBatch, build_objective
+from pretrain.transformer import Transformer
+
+
+class PretrainingModel(nn.Module):
+    """Tokens to losses.
+
+    Args:
+        config: the run's config.
+        vocab_size: V, rows of the embedding and of the head.
+    """
+
+    def __init__(self, config: Config, vocab_size: int):
+        super().__init__()
+        self.trunk = Transformer(config.model, vocab_size)
+        tied_to = self.trunk.embed_tokens if config.model.tie_embeddings else None
+        self.lm_head = LanguageModelHead(config.model.width, vocab_size, tied_to)
+        self.objective: Objective = build_objective(config.objective, config.model.width)
+
+    def forward(self, batch: TokenBatch, counts: Tensor) -> dict[str, Tensor]:
+        """This micro-batch's share of each loss; `counts` as in `Objective.forward`."""
+        hidden_BTD, embeddings_BTD = self.hidden_states(batch)
+        return self.objective(hidden_BTD, embeddings_BTD, batch, self.lm_head, counts)
+
+    def hidden_states(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Final hidden states and token embeddings of the first T tokens, each (B, T, D)."""
+        return self.trunk(batch.tokens[:, :-1], batch.document_ids[:, :-1], batch.positions[:, :-1])
+
+
+def initialise(
+    model: nn.Module,
+    seed: int,
+    std: float,
+    whole: Callable[[nn.Parameter], AbstractContextManager[object]] = lambda parameter: nullcontext(),
+) -> None:
+    """Matrices from a normal distribution, norms to one, as the authors do.
+
+    Each parameter has its own generator, seeded by (seed, name): its values depend neither on the order of
+    construction nor on how parameters are spread over ranks.
+
+    Args:
+        model: whose parameters are set in place.
+        seed: the run's seed.
+        std: standard deviation of the matrices.
+        whole: a context in which a parameter is gathered, and written back on leaving (ZeRO-3).
+    """
+    for name, parameter in model.named_parameters():
+        with whole(parameter), torch.no_grad():
+            if parameter.ndim < 2:
+                parameter.fill_(1.0)
+                continue
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            parameter.copy_(torch.normal(0.0, std, parameter.shape, generator=generator))
+
+
+def parameter_counts(model: PretrainingModel) -> dict[str, int]:
+    """Parameters of the model at inference (trunk and head) and in training (with the objective's modules).
+
+    Valid under ZeRO-3 too, where a parameter's own shape is that of its shard.
+    """
+
+    def count(module: nn.Module) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+    total = count(model)
+    return {"inference": total - count(model.objective), "training": total}

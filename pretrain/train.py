@@ -1,0 +1,257 @@
+"""Pretraining, from the first line of the config to the last checkpoint.
+
+    deepspeed [launcher options] --module pretrain.train --config FILE [section.key=value …]
+
+The same command again goes on where the run stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline import Batch, Dataset, Stream, UserError, open_dataset, run_command, validation_batches
+from pretrain import checkpoints, distributed, faults, schedules
+from pretrain.checkpoints import TrainState
+from pretrain.config import Config, dump_config, load_config
+from pretrain.distributed import Ranks, all_reduce_sum
+from pretrain.engine import build_engine, gradient_norm
+from pretrain.flops import flops_per_token, peak_flops
+from pretrain.metrics import Metrics, memory_peak_bytes
+from pretrain.objectives import TokenBatch
+
+Losses = dict[str, float]
+
+
+def train(config: Config) -> bool:
+    """Run, or go on with, what the config describes. True if the run reached its end.
+
+    Raises UserError for what the user can mend, before any training where that is possible.
+    """
+    dataset, stream, vocab_size = open_data(config)
+    config.batch.accumulation_steps(distributed.discover(os.environ).world)
+    stop = faults.StopSignals()
+    ranks, device = distributed.start(config.faults.collective_timeout_minutes)
+    prepare_folder(config, ranks)
+
+    engine = build_engine(config, vocab_size, ranks.world, device)
+    state = resume(engine, config, dataset, ranks)
+    first_step = state.step
+    last_step = min(config.total_steps, first_step + (config.run.stop_after or config.total_steps))
+    if state.step >= config.total_steps:
+        if ranks.is_first:
+            print(f"{config.run.folder}: finished at step {state.step}; nothing to do")
+        return True
+
+    with Metrics(config, ranks.is_first, state.metrics_bytes, first_step) as metrics:
+        clock = StepClock(config, vocab_size, ranks, device)
+        for batch in stream.batches(first_step, last_step, ranks.rank, ranks.world):
+            clock.data_is_here()
+            losses, stopped = optimizer_step(engine, config, batch, state.step, stream, stop, ranks, device)
+            state.step += 1
+            state.tokens += config.tokens_per_step
+            record: dict[str, Any] = {"step": state.step, "tokens": state.tokens, **losses, **clock.step_is_done()}
+            is_last = stopped or state.step == last_step
+            if due(config.validation.every, state.step) or state.step == config.total_steps:
+                record |= validate(engine, config, dataset, ranks, device)
+            metrics.record(record)
+            if due(config.checkpoint.every, state.step) or is_last:
+                state.metrics_bytes = metrics.durable_bytes()
+                path = checkpoints.save_checkpoint(
+                    engine, config.run.folder / "checkpoints", state, config, dataset, vocab_size, ranks
+                )
+                metrics.say(f"saved {path}")
+            clock.restart()
+            if is_last:
+                break
+        if state.step < config.total_steps:
+            why = f"received {stop.received.name}" if stop.received else "stopped"
+            metrics.say(f"{why} at step {state.step} of {config.total_steps}; the same command goes on from there")
+    return state.step == config.total_steps or not stopped
+
+
+def open_data(config: Config) -> tuple[Dataset, Stream, int]:
+    """The data set, its training stream, and the rows that the model's embedding gets."""
+    dataset = open_dataset(config.data.path)
+    vocab_size = config.model.vocab_size or dataset.vocab_size
+    if vocab_size < dataset.vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocab_size} is smaller than the {dataset.vocab_size} tokens of data.path="
+            f"{config.data.path}; leave it out, or give at least that"
+        )
+    stream = Stream(
+        dataset.split("train"),
+        seed=config.run.seed,
+        sequence_length=config.data.sequence_length,
+        global_sequences=config.batch.global_sequences,
+    )
+    return dataset, stream, vocab_size
+
+
+def prepare_folder(config: Config, ranks: Ranks) -> None:
+    """Create the run's folder and write the resolved config into it."""
+    folder = config.run.folder
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not config.run.resume and any((folder / "checkpoints").glob("step_*")):
+            raise UserError(f"{folder}: holds checkpoints and run.resume is false; choose another run.name")
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    distributed.barrier()
+
+
+def resume(engine: deepspeed.DeepSpeedEngine, config: Config, dataset: Dataset, ranks: Ranks) -> TrainState:
+    """Load the newest whole checkpoint, if there is one; else start from the initial weights."""
+    folder = config.run.folder / "checkpoints"
+    path = checkpoints.find_whole(folder, ranks)
+    if path is None:
+        return TrainState()
+    state = checkpoints.load_checkpoint(engine, path, config, dataset, ranks)
+    if ranks.is_first:
+        print(f"going on from {path}, step {state.step}", flush=True)
+    return state
+
+
+def optimizer_step(
+    engine: deepspeed.DeepSpeedEngine,
+    config: Config,
+    batch: Batch,
+    step: int,
+    stream: Stream,
+    stop: faults.StopSignals,
+    ranks: Ranks,
+    device: torch.device,
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step on this rank's rows of the global batch.
+
+    Returns the losses (means over the global batch), learning rate and gradient norm; and whether any rank was
+    told to stop. Raises UserError, before anything is applied, if the loss is not finite.
+    """
+    rate = schedules.learning_rate(config, step)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    micro_batches = split_rows(batch, config.batch.micro_sequences, device)
+    counts = all_reduce_sum(torch.stack([engine.module.objective.valid_counts(b) for b in micro_batches]).sum(0))
+
+    sums: dict[str, Tensor] = {}
+    for number, micro_batch in enumerate(micro_batches):
+        losses = engine(micro_batch, counts)
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
+        # Each micro-batch holds its share of the global mean; DeepSpeed averages over ranks, so undo that.
+        engine.backward(losses["loss"] * ranks.world, scale_wrt_gas=False)
+        if number == len(micro_batches) - 1:
+            means, stopped = reduce_losses(sums, stop.received is not None)
+            faults.check_finite(means["loss"], step, stream)
+            norm_before_step = gradient_norm(engine, config)
+        engine.step()
+    grad_norm = norm_before_step if norm_before_step is not None else float(engine.get_global_grad_norm())
+    faults.check_applied(engine, grad_norm, step, stream)
+    return means | {"learning_rate": rate, "grad_norm": grad_norm}, stopped
+
+
+def reduce_losses(sums: dict[str, Tensor], stop: bool) -> tuple[Losses, bool]:
+    """Add up the losses and the wish to stop over all ranks, in one collective."""
+    flag = torch.full_like(sums["loss"], float(stop))
+    total = all_reduce_sum(torch.stack([*sums.values(), flag]).double()).tolist()
+    return dict(zip(sums, total[:-1], strict=True)), total[-1] > 0
+
+
+def validate(
+    engine: deepspeed.DeepSpeedEngine, config: Config, dataset: Dataset, ranks: Ranks, device: torch.device
+) -> Losses:
+    """Every loss on the validation split, as `val_…`, a mean over all of its positions."""
+    batches = validation_batches(
+        dataset.split("validation"),
+        sequence_length=config.data.sequence_length,
+        micro_sequences=config.batch.micro_sequences,
+        rank=ranks.rank,
+        ranks=ranks.world,
+        limit=config.validation.sequences,
+    )
+    objective = engine.module.objective
+    engine.eval()
+    with torch.no_grad():
+        counts = torch.stack([objective.valid_counts(TokenBatch.from_numpy(b, device)) for b in batches]).sum(0)
+        all_reduce_sum(counts)
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, value in engine(TokenBatch.from_numpy(batch, device), counts).items():
+                sums[name] = sums.get(name, 0.0) + value
+    engine.train()
+    means, _ = reduce_losses(sums, False)
+    return {f"val_{name}": value for name, value in means.items()}
+
+
+def split_rows(batch: Batch, rows: int, device: torch.device) -> list[TokenBatch]:
+    """A rank's rows as micro-batches on its device."""
+    return [TokenBatch.from_numpy(batch.rows(i, i + rows), device) for i in range(0, len(batch.tokens), rows)]
+
+
+def due(every: int | None, step: int) -> bool:
+    """Whether something that happens every so many steps happens at this one."""
+    return every is not None and step % every == 0
+
+
+class StepClock:
+    """Times one step: waiting for data, and all of it. Validation and saving are not part of a step."""
+
+    def __init__(self, config: Config, vocab_size: int, ranks: Ranks, device: torch.device):
+        self.tokens = config.tokens_per_step
+        self.device = device
+        peak = peak_flops(config, device)
+        self.seconds_at_peak = (
+            None if peak is None else self.tokens * flops_per_token(config, vocab_size) / (peak * ranks.world)
+        )
+        self.restart()
+
+    def restart(self) -> None:
+        """A step begins."""
+        self.start = self.data = time.perf_counter()
+
+    def data_is_here(self) -> None:
+        """The step's batch has arrived."""
+        self.data = time.perf_counter()
+
+    def step_is_done(self) -> dict[str, float | int | None]:
+        """The step's times, speed and memory."""
+        seconds = time.perf_counter() - self.start
+        return {
+            "step_seconds": seconds,
+            "data_seconds": self.data - self.start,
+            "tokens_per_second": self.tokens / seconds,
+            "mfu": None if self.seconds_at_peak is None else self.seconds_at_peak / seconds,
+            "memory_peak_bytes": memory_peak_bytes(self.device),
+        }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="pretrain.train", description="Pretrain what a config file describes.")
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to set differently")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        finished = train(load_config(arguments.config, arguments.overrides))
+    except UserError as error:
+        if dist.is_initialized() or distributed.discover(os.environ).local_rank == 0:
+            raise
+        sys.exit(2)  # every rank of a machine meets the same error: one of them says so
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if not finished:
+        sys.exit(faults.EXIT_STOPPED)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -84,6 +84,8 @@ def save_checkpoint(
     barrier()
     engine.save_checkpoint(str(folder), tag=unfinished.name, save_latest=False)
     if ranks.is_first:
+        for script in folder.glob("zero_to_*.py"):  # DeepSpeed's converters, which unpickle with full trust
+            script.unlink()
         (unfinished / CONFIG).write_text(dump_config(config), encoding="utf-8")
         described = asdict(state) | {
             "ranks": ranks.world,

@@ -39,14 +39,13 @@ class ShardedWeights:
         if not first:
             raise UserError(f"{folder}: no DeepSpeed model states here; give a checkpoint folder")
         model_states = _open(first[0])
-        self.tied: dict[str, str] = dict(model_states.get("shared_params") or {})
         self._whole: dict[str, Tensor] = {}
         self._locations: dict[str, _Location] = {}
         self._flat_groups_by_rank: list[list[Tensor]] = []
         if first[0].name.startswith("zero_pp_rank_"):
             self._open_zero3(model_states)
         else:
-            self._whole = {name: t for name, t in model_states["module"].items() if name not in self.tied}
+            self._whole = _without_aliases(model_states["module"])
 
     @property
     def names(self) -> list[str]:
@@ -81,6 +80,14 @@ class ShardedWeights:
                     raise UserError(f"{self.folder}: the flat buffers end before {name}; the files do not fit together")
                 self._locations[name] = _Location(shape, group, start, length)
                 start += length
+
+
+def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor once: a tied parameter is stored under two names that share their memory."""
+    first_names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first_names.setdefault(tensor.data_ptr(), name)
+    return {name: tensors[name] for name in first_names.values()}
 
 
 def _open(path: Path) -> dict[str, Any]:

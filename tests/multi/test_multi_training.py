@@ -1,0 +1,118 @@
+"""Real ranks: every way to spread a run gives the same run, and a stopped one goes on to the last digit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_run_config
+from launch import read_metrics, run_many, without_times
+
+from pretrain.checkpoints import open_checkpoint
+
+LOSSES = ["loss", "loss_next_token", "loss_next_latent", "loss_kl", "grad_norm"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """The folder of all runs below: two starts, many runs."""
+    folder = tmp_path_factory.mktemp("multi")
+    zero = "deepspeed.zero_optimization.stage"
+
+    def config(name: str, changes: dict[str, object] | None = None) -> str:
+        return str(write_run_config(folder, tiny_data, name, changes or {}))
+
+    accumulating: dict[str, object] = {"batch.micro_sequences": 2}
+    tied: dict[str, object] = {"model.tie_embeddings": True}
+    stopped = config("stopped", {"checkpoint.every": 4})
+    run_many(
+        2,
+        29611,
+        config("zero3"),
+        config("zero3_accumulating", accumulating),
+        config("zero2", {zero: 2}),
+        config("zero1", {zero: 1}),
+        config("zero3_tied", tied),
+        f"{stopped}|run.stop_after=6",
+        stopped,
+    )
+    run_many(
+        1,
+        29612,
+        config("alone", {zero: 0}),
+        config("alone_whole_batch", {zero: 0, "batch.micro_sequences": 8}),
+        config("alone_tied", {zero: 0, **tied}),
+        config("gpt", {zero: 0, "objective": {"name": "next_token"}}),
+    )
+    return folder / "runs"
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("zero3", "alone"),
+        ("zero2", "alone"),
+        ("zero1", "alone"),
+        ("zero3_accumulating", "zero3"),
+        ("alone", "alone_whole_batch"),
+        ("zero3_tied", "alone_tied"),
+    ],
+)
+def test_sharding_and_accumulation_change_nothing(runs: Path, name: str, reference: str) -> None:
+    ours, theirs = read_metrics(runs / name), read_metrics(runs / reference)
+    assert len(ours) == len(theirs) == 20
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in LOSSES + [k for k in other if k.startswith("val_")]:
+            # A term that is nearly nothing carries the rounding of the sum that it is part of.
+            assert mine[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), f"step {mine['step']}: {key}"
+        assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-5, abs=0)
+
+
+def test_the_loss_falls(runs: Path) -> None:
+    records = read_metrics(runs / "zero3")
+    assert records[-1]["loss_next_token"] < records[0]["loss_next_token"] - 1.0
+    assert records[-1]["val_loss_next_token"] < records[9]["val_loss_next_token"]
+
+
+def test_stopped_and_resumed_equals_uninterrupted_to_the_last_digit(runs: Path) -> None:
+    assert without_times(read_metrics(runs / "stopped")) == without_times(read_metrics(runs / "zero3"))
+
+
+def test_metrics_have_the_documented_keys(runs: Path) -> None:
+    documented = (
+        "step tokens loss loss_next_token loss_next_latent loss_kl learning_rate grad_norm step_seconds "
+        "data_seconds tokens_per_second mfu memory_peak_bytes"
+    )
+    records = read_metrics(runs / "zero3")
+    assert all(set(documented.split()) <= set(record) for record in records)
+    assert [record["step"] for record in records] == list(range(1, 21))
+    assert records[-1]["tokens"] == 20 * 8 * 48
+    assert "loss_kl" not in read_metrics(runs / "gpt")[0]
+
+
+def test_two_ranks_under_zero3_hold_the_weights_of_one_rank_alone(runs: Path) -> None:
+    for ours, theirs in [("zero3", "alone"), ("zero3_tied", "alone_tied"), ("zero1", "alone")]:
+        sharded, whole = open_checkpoint(runs / ours), open_checkpoint(runs / theirs)
+        assert sorted(sharded.weight_names) == sorted(whole.weight_names)
+        assert ("lm_head.weight" in sharded.weight_names) == (ours != "zero3_tied")
+        for name in whole.weight_names:
+            torch.testing.assert_close(sharded.weight(name), whole.weight(name), rtol=1e-3, atol=2e-4)
+
+
+def test_old_checkpoints_are_pruned_and_latest_names_the_newest(runs: Path) -> None:
+    folder = runs / "stopped" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000016", "step_00000020"]
+    assert (folder / "latest").read_text() == "step_00000020"
+
+
+def test_a_checkpoint_says_what_it_is(runs: Path) -> None:
+    checkpoint = open_checkpoint(runs / "zero3")
+    assert (checkpoint.step, checkpoint.tokens) == (20, 20 * 8 * 48)
+    assert checkpoint.config.model.width == 64
+    assert checkpoint.tokenizer().fingerprint == checkpoint.dataset["tokenizer_fingerprint"]
+    state = json.loads((checkpoint.path / "state.json").read_text())
+    assert state["ranks"] == 2 and state["zero_stage"] == 3
+
+

@@ -1,0 +1,305 @@
+"""Where documents come from: the standard library, files on any fsspec URL, Hugging Face data sets.
+
+A source always gives the same documents in the same order, so that preparation can be stopped and gone on
+with.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import platform
+import sys
+import sysconfig
+import tokenize
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import fsspec
+
+from data_pipeline.errors import UserError
+
+FOLDER_SUFFIXES = (".txt", ".jsonl", ".parquet")
+COMPRESSED = (".gz", ".zst")
+
+
+class Document(NamedTuple):
+    """A text and where it comes from.
+
+    name: for messages. text: never empty where a Source gives it. source_bytes: bytes of the source read to
+    get it.
+    """
+
+    name: str
+    text: str
+    source_bytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents in a fixed order. Reading counts what it skips, by reason, in the Counter it is given.
+
+    identity: what the documents depend on, as far as can be told without reading them. total_bytes: the sum
+    of source_bytes to come, where known.
+    """
+
+    identity: str
+    total_bytes: int | None
+    read: Callable[[Counter[str]], Iterator[Document]]
+
+
+def open_source(spec: str, field: str = "text") -> Source:
+    """A source by its name: `stdlib`, `hub:NAME[:CONFIG[:SPLIT]]`, a path, glob or URL of files or a folder.
+
+    field: which field of JSONL, Parquet and hub records holds the text. Raises UserError if there is no such
+    source; reading it raises UserError for a document that is not text.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec == "stdlib":
+        return _standard_library()
+    if kind == "hub":
+        return _hub(rest, field)
+    if kind == "task":
+        raise UserError(
+            f"source {spec}: no such task exists: give stdlib, a path or URL of text files, or hub:NAME"
+        )
+    return _files(spec, field)
+
+
+def _identity(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+# ---- the standard library
+
+
+def _standard_library() -> Source:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [
+            name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__")
+        ]
+        files += [Path(folder, name).relative_to(root) for name in names if name.endswith(".py")]
+    names = sorted(file.as_posix() for file in files)
+    if not names:
+        raise UserError(
+            f"source stdlib: {sys.executable} has no .py files under {root}: use another interpreter"
+        )
+    sizes = [(root / name).stat().st_size for name in names]
+
+    def read(skipped: Counter[str]) -> Iterator[Document]:
+        for name, size in zip(names, sizes, strict=True):
+            try:
+                with tokenize.open(root / name) as file:
+                    text = file.read()
+            except (SyntaxError, UnicodeDecodeError):  # what the library keeps to test its own decoding with
+                skipped["undecodable"] += 1
+                continue
+            if text:
+                yield Document(name, text, size)
+            else:
+                skipped["empty"] += 1
+
+    return Source(_identity("stdlib", platform.python_version(), names, sizes), sum(sizes), read)
+
+
+# ---- files
+
+
+def _files(spec: str, field: str) -> Source:
+    try:
+        fs, path = fsspec.core.url_to_fs(spec)
+        listing = _list(fs, spec, path)
+    except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is missing
+        raise UserError(
+            f"source {spec}: {error}: give stdlib, a path or URL of text files, or hub:NAME"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"source {spec}: cannot be read ({error.strerror or error}): check its permissions"
+        ) from error
+    if not listing:
+        raise UserError(
+            f"source {spec}: nothing found: give an existing file, a glob that matches, or a folder of "
+            f"{', '.join(FOLDER_SUFFIXES)} files (.txt and .jsonl also as {' or '.join(COMPRESSED)})"
+        )
+
+    def read(skipped: Counter[str]) -> Iterator[Document]:
+        for file, size in listing.items():
+            yield from _read_file(fs, file, size, field, skipped)
+
+    return Source(_identity("files", field, list(listing.items())), sum(listing.values()), read)
+
+
+def _list(fs: Any, spec: str, path: str) -> dict[str, int]:
+    """The source's files, sorted by path, with their sizes in bytes."""
+    if fs.isdir(path):
+        local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+        found = _walk(path) if local else fs.find(path, detail=True)
+        found = {name: info for name, info in found.items() if _kind(name)[0] in FOLDER_SUFFIXES}
+    elif fsspec.core.has_magic(path):
+        found = {name: info for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"}
+    else:
+        found = {path: fs.info(path)} if fs.exists(path) else {}
+    return {name: int(found[name].get("size") or 0) for name in sorted(found)}
+
+
+def _walk(folder: str) -> dict[str, dict[str, Any]]:
+    """What fsspec's find gives, but an error where a folder may not be read: skipping it loses documents."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(folder, onerror=fail, followlinks=True)
+    files = [Path(parent, name) for parent, _, names in walk for name in names]
+    return {file.as_posix(): {"size": file.stat().st_size} for file in files if file.is_file()}
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """The suffixes that say what a file holds and how it is compressed, the second one perhaps empty."""
+    suffixes = ["", *PurePosixPath(name).suffixes]
+    if suffixes[-1] in COMPRESSED:
+        return suffixes[-2], suffixes[-1]
+    return suffixes[-1], ""
+
+
+def _read_file(fs: Any, name: str, size: int, field: str, skipped: Counter[str]) -> Iterator[Document]:
+    kind, compression = _kind(name)
+    read = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(kind, _read_text)
+    try:
+        with fs.open(name, "rb") as raw:
+            for document in read(_decompress(raw, compression), raw, name, size, field):
+                if document.text:
+                    _check_unicode(document)
+                    yield document
+                else:
+                    skipped["empty"] += 1
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{name}: cannot be read ({error}): restore the file or leave it out") from error
+
+
+def _decompress(raw: Any, compression: str) -> Any:
+    if compression == ".gz":
+        return gzip.open(raw)
+    if compression == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    return raw
+
+
+def _check_unicode(document: Document) -> None:
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{document.name}: half of a surrogate pair at character {error.start}, which is no text: "
+            "mend or remove the record"
+        ) from error
+
+
+def _read_text(file: Any, raw: Any, name: str, size: int, field: str) -> Iterator[Document]:
+    content: bytes = file.read()
+    if (offset := content.find(b"\0")) >= 0:
+        raise UserError(f"{name}: NUL byte at byte {offset}, not a text file: leave it out of the source")
+    yield Document(name, _decode(content, name, 0), size)
+
+
+def _decode(content: bytes, name: str, offset: int) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}: not UTF-8 at byte {offset + error.start}: convert it (iconv -t UTF-8) or leave it out"
+        ) from error
+
+
+def _read_jsonl(file: Any, raw: Any, name: str, size: int, field: str) -> Iterator[Document]:
+    offset = seen = 0
+    for number, line in enumerate(file, 1):
+        text = _decode(line, name, offset)
+        offset += len(line)
+        if not text.strip():
+            continue
+        where = f"{name}:{number}"
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error}): mend or remove the line") from error
+        position = raw.tell()  # of the file itself, so that compressed files report progress too
+        yield Document(where, _text_of(record, field, where), position - seen)
+        seen = position
+
+
+def _read_parquet(file: Any, raw: Any, name: str, size: int, field: str) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        if field not in table.schema_arrow.names:
+            raise UserError(_no_field(name, field, table.schema_arrow.names))
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[field]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                where = f"{name} row {number}"
+                yield Document(where, _text_of({field: text}, field, where), size // table.metadata.num_rows)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{name}: not a Parquet file ({error}): restore the file or leave it out") from error
+
+
+def _text_of(record: Any, field: str, where: str) -> str:
+    """A record's text, empty for null. Raises UserError if the field is missing or no text."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not a record with fields: each line must be one JSON object")
+    if field not in record:
+        raise UserError(_no_field(where, field, list(record)))
+    text = record[field]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: field {field!r} is not text: name another with --field")
+    return text or ""
+
+
+def _no_field(where: str, field: str, fields: list[str]) -> str:
+    return (
+        f"{where}: no field {field!r}, it has {', '.join(map(repr, fields)) or 'none'}: name one with --field"
+    )
+
+
+# ---- the hub
+
+
+def _hub(spec: str, field: str) -> Source:
+    name, config, split = [*spec.split(":"), "", ""][:3]
+    if not name or spec.count(":") > 2:
+        raise UserError(f"source hub:{spec}: write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
+    split = split or "train"
+
+    def read(skipped: Counter[str]) -> Iterator[Document]:
+        import datasets
+
+        try:
+            records = datasets.load_dataset(name, config or None, split=split, streaming=True)
+            for number, record in enumerate(records, 1):
+                where = f"hub:{spec} row {number}"
+                document = Document(where, _text_of(record, field, where), 0)
+                if document.text:
+                    _check_unicode(document)
+                    yield document
+                else:
+                    skipped["empty"] += 1
+        except (OSError, ValueError) as error:  # no network, no such data set, config or split
+            raise UserError(
+                f"source hub:{spec}: {error}: check the name, config, split and network"
+            ) from error
+
+    return Source(_identity("hub", name, config, split, field), None, read)

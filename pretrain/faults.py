@@ -25,7 +25,7 @@ class StopSignals:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             os._exit(130)

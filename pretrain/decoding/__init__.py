@@ -1,0 +1,18 @@
+"""Decoding with a KV cache, plain or with drafts from the latent dynamics model."""
+
+from pretrain.decoding.drafting import AdaptiveLength, DraftStep, FixedLength, draft_with_latent_dynamics
+from pretrain.decoding.loading import Export, load_export
+from pretrain.decoding.sampling import Sampling
+from pretrain.decoding.speculative import DecodingStatistics, generate
+
+__all__ = [
+    "AdaptiveLength",
+    "DecodingStatistics",
+    "DraftStep",
+    "Export",
+    "FixedLength",
+    "Sampling",
+    "draft_with_latent_dynamics",
+    "generate",
+    "load_export",
+]

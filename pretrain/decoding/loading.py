@@ -1,0 +1,169 @@
+"""Models to decode with: from an exported folder, or straight from a checkpoint's weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from data_pipeline import UserError
+from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_config, llama_name
+from pretrain.latent_dynamics import LatentDynamics
+from pretrain.model import PretrainingModel
+
+if TYPE_CHECKING:
+    from pretrain.checkpoints import Checkpoint
+
+MANIFEST = "nextlat_manifest.json"
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model that generates."""
+
+    path: Path
+    model: Any
+    """transformers' LlamaForCausalLM, in evaluation mode."""
+    tokenizer: Any
+    """transformers' tokenizer; None for a model that comes straight from a checkpoint."""
+    dynamics: LatentDynamics | None
+    """p_ψ; None where the objective has none."""
+    manifest: dict[str, Any]
+    """The content of nextlat_manifest.json."""
+
+    @property
+    def eos_id(self) -> int:
+        """The token that opens and ends a document."""
+        return int(self.model.config.eos_token_id)
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of an exported folder. Raises UserError for any other folder."""
+    file = Path(path) / MANIFEST
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not an exported model, {MANIFEST} cannot be read ({error.__class__.__name__}); "
+            f"make one with python -m pretrain.export RUN --out {path}"
+        ) from None
+
+
+def load_export(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Export:
+    """Load a folder written by `pretrain.export`.
+
+    dtype: None for the folder's own. device: None for the first GPU where there is one.
+    Raises UserError for a folder that is no export or is damaged.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    _check_sizes(path, manifest)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, dynamics = load_folder(path, dtype)
+    return Export(
+        path, model.to(device), tokenizer, dynamics.to(device) if dynamics is not None else None, manifest
+    )
+
+
+def load_folder(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, LatentDynamics | None]:
+    """Model, tokenizer and p_ψ of a folder with or without a manifest, on the CPU, in evaluation mode."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return model, tokenizer, load_dynamics(path / "nextlat", model.dtype)
+
+
+def load_dynamics(folder: Path, dtype: torch.dtype) -> LatentDynamics | None:
+    """p_ψ from an export's nextlat/ folder, in `dtype`; None where there is no such folder."""
+    from safetensors.torch import load_file
+
+    if not folder.is_dir():
+        return None
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        dynamics = LatentDynamics(shape["width"], shape["hidden_width"])
+    weights = load_file(folder / "model.safetensors")
+    dynamics.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    return dynamics.eval()
+
+
+def load_trained(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PretrainingModel:
+    """The trained model itself in float32; weights rounded to `dtype` on the way, for a comparison.
+
+    Raises UserError where the checkpoint's weights are not exactly those of its config.
+    """
+    with torch.device("meta"):
+        model = PretrainingModel(checkpoint.config, checkpoint.vocab_size)
+    check_names(model, checkpoint)
+    for name in checkpoint.weight_names:
+        _assign(model, name, checkpoint.weight(name).to(dtype).float())
+    if checkpoint.config.model.tie_embeddings:
+        model.lm_head.weight = model.trunk.embed_tokens.weight
+    return model.eval()
+
+
+def load_checkpoint_as_llama(checkpoint: Checkpoint) -> Export:
+    """A checkpoint's trunk as LlamaForCausalLM in float32, with no folder between; it has no tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    trained = load_trained(checkpoint)
+    eos_id = int(checkpoint.dataset["eos_id"])
+    shape = llama_config(checkpoint.config, checkpoint.vocab_size, eos_id, torch.float32)
+    model = LlamaForCausalLM(LlamaConfig(**shape))
+    for name, parameter in trained.named_parameters():
+        target = llama_name(name)
+        if target is not None:
+            _assign(model, target, parameter.data)
+    model.tie_weights()
+    dynamics = getattr(trained.objective, "dynamics", None)
+    return Export(checkpoint.path, model.eval(), None, dynamics, {"dataset": checkpoint.dataset})
+
+
+def check_names(model: PretrainingModel, checkpoint: Checkpoint) -> None:
+    """Raise UserError unless the checkpoint holds each of the model's weights exactly once, and no other."""
+    expected, found = {name for name, _ in model.named_parameters()}, list(checkpoint.weight_names)
+    problems = {
+        "missing": expected - set(found),
+        "left over": set(found) - expected,
+        "twice there": {name for name in found if found.count(name) > 1},
+    }
+    for problem, names in problems.items():
+        if names:
+            raise UserError(
+                f"{checkpoint.path}: {len(names)} weights are {problem}, such as {min(names)}; the checkpoint "
+                "does not fit its own config, use another one"
+            )
+
+
+def uses_dynamics(name: str) -> bool:
+    """Is this a weight of p_ψ?"""
+    return name.startswith(DYNAMICS_PREFIX)
+
+
+def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace one parameter by `value`, without a copy."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    expected = getattr(owner, attribute).shape
+    if value.shape != expected:
+        raise UserError(
+            f"{name} has shape {tuple(value.shape)} where the config makes it {tuple(expected)}; "
+            "the checkpoint does not fit its own config, use another one"
+        )
+    setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
+
+
+def _check_sizes(path: Path, manifest: dict[str, Any]) -> None:
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise UserError(f"{file}: missing or not of its recorded size; export the model again")

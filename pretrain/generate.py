@@ -1,0 +1,184 @@
+"""Command: continue a prompt with an exported model, and show what drafting gains."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data_pipeline import UserError, run_command
+from pretrain.decoding import (
+    AdaptiveLength,
+    DecodingStatistics,
+    Export,
+    FixedLength,
+    Sampling,
+    draft_with_latent_dynamics,
+    generate,
+    load_export,
+)
+from pretrain.decoding.drafting import DraftLength
+
+DEFAULT_DRAFT = 4
+DEFAULT_NEW_TOKENS = 128
+TIMED_RUNS = 3
+
+
+def continue_text(
+    export: Export,
+    prompt: list[int],
+    max_new_tokens: int,
+    draft: int | str,
+    sampling: Sampling,
+    seed: int | None = None,
+    on_tokens: Callable[[list[int]], None] | None = None,
+) -> tuple[list[int], DecodingStatistics]:
+    """`decoding.generate` with an exported model; draft: tokens per cycle, "auto", or 0 for plain decoding."""
+    generator = None if seed is None else torch.Generator(export.model.device).manual_seed(seed)
+    step = draft_with_latent_dynamics(export.model, export.dynamics) if draft and export.dynamics else None
+    length: DraftLength = AdaptiveLength() if isinstance(draft, str) else FixedLength(draft)
+    return generate(
+        export.model,
+        prompt,
+        max_new_tokens,
+        eos_id=export.eos_id,
+        draft_step=step,
+        draft_length=length,
+        sampling=sampling,
+        generator=generator,
+        on_tokens=on_tokens,
+    )
+
+
+def parse_draft(text: str | None, has_dynamics: bool, where: str | Path) -> int | str:
+    """`--draft`: a number of tokens, "auto", or 0 for off. Without one: DEFAULT_DRAFT where p_ψ is there.
+
+    Raises UserError for anything else, and for drafting without p_ψ.
+    """
+    if text is None:
+        return DEFAULT_DRAFT if has_dynamics else 0
+    if text == "off":
+        return 0
+    if text != "auto" and not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise UserError(f"--draft {text}: give a number of tokens of at least 1, auto or off")
+    if not has_dynamics:
+        raise UserError(
+            f"--draft {text}: {where} has no latent dynamics model to draft with; use --draft off, or a model "
+            "trained with objective.name=nextlat"
+        )
+    return text if text == "auto" else int(text)
+
+
+class TextStream:
+    """Writes a growing text; characters of which only some bytes have come are held back."""
+
+    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]):
+        self._decode, self._write = decode, write
+        self._tokens: list[int] = []
+        self._shown = ""
+
+    def __call__(self, tokens: list[int], last: bool = False) -> None:
+        """Add tokens; `last` shows what was held back."""
+        self._tokens += tokens
+        text = self._decode(self._tokens)
+        if not last:
+            text = text.rstrip("\ufffd")
+        if text.startswith(self._shown):
+            self._write(text[len(self._shown) :])
+            self._shown = text
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
+    arguments = _parse(argv)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens} must be at least 1")
+    parse_draft(arguments.draft, True, arguments.export)
+    export = load_export(arguments.export)
+    draft = parse_draft(arguments.draft, export.dynamics is not None, arguments.export)
+    prompt = export.tokenizer(arguments.prompt, verbose=False)["input_ids"]
+    room = export.model.config.max_position_embeddings - len(prompt)
+    if room < 1:
+        raise UserError(
+            f"--prompt has {len(prompt)} tokens and the model's context {room + len(prompt)}; shorten the prompt"
+        )
+    new = arguments.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
+    seed = torch.seed() % 2**31 if arguments.seed is None else arguments.seed
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    stream = TextStream(lambda ids: str(export.tokenizer.decode(ids, skip_special_tokens=True)), write)
+    write(arguments.prompt)
+    tokens, counted = continue_text(export, prompt, new, draft, sampling, seed, stream)
+    stream([], last=True)
+    write("\n")
+    if arguments.stats:
+        print_statistics(export, prompt, new, draft, sampling, seed, tokens, counted)
+
+
+def print_statistics(
+    export: Export,
+    prompt: list[int],
+    new: int,
+    draft: int | str,
+    sampling: Sampling,
+    seed: int,
+    tokens: list[int],
+    counted: DecodingStatistics,
+) -> None:
+    """Print the drafts' acceptance; decode again, plain and drafting in turn, and print the ratio of speeds."""
+    plain_rates, drafting_rates = [], []
+    plain_tokens: list[int] = []
+    for _ in range(TIMED_RUNS):
+        plain_tokens, plain = continue_text(export, prompt, new, 0, sampling, seed)
+        plain_rates.append(plain.tokens_per_second)
+        if draft:
+            drafting_rates.append(continue_text(export, prompt, new, draft, sampling, seed)[1].tokens_per_second)
+    plain_rate = statistics.median(plain_rates)
+    print(f"\n{counted.tokens} tokens in {counted.cycles} cycles; plain {plain_rate:,.1f} tokens/s")
+    if not draft:
+        return
+    rate = statistics.median(drafting_rates)
+    positions = ", ".join(f"{share:.0%}" for share in counted.acceptance_by_position)
+    print(f"draft {draft}: {counted.drafted} drafted, {counted.accepted} accepted")
+    print(f"accepted per cycle {counted.accepted_per_cycle:.2f}; of those compared, by position: {positions}")
+    print(f"drafting {rate:,.1f} tokens/s, {rate / plain_rate:.2f} times plain (medians of {TIMED_RUNS} runs in turn)")
+    if sampling.temperature == 0:
+        print(f"text equal to plain greedy text: {'yes' if tokens == plain_tokens else 'NO'}")
+    else:
+        print("texts are other draws from one distribution, so they need not be equal")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.generate",
+        description="Continue a prompt with an exported model; drafts of the latent dynamics model make it faster "
+        "and leave the distribution of the text as it is.",
+    )
+    parser.add_argument("export", metavar="EXPORT", help="a folder written by pretrain.export")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; may be empty")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"default: {DEFAULT_NEW_TOKENS}, or what the context holds"
+    )
+    parser.add_argument(
+        "--draft",
+        metavar="N|auto|off",
+        help=f"tokens drafted per cycle (default: {DEFAULT_DRAFT}, off without a latent dynamics model)",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most probable tokens up to sum P")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the random numbers; default: another each time")
+    parser.add_argument("--stats", action="store_true", help="print acceptance, and speed against plain decoding")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -219,8 +219,8 @@ def _check_same_run(path: Path, saved: dict[str, Any], old: Config, new: Config,
     """Refuse to go on where an earlier step would have been another one."""
     if saved["dataset"]["fingerprint"] != dataset.fingerprint:
         raise UserError(
-            f"data.path={new.data.path}: not the data that {path} was trained on (fingerprint "
-            f"{dataset.fingerprint[:12]}, not {saved['dataset']['fingerprint'][:12]}); give that data, or another run.name"
+            f"data.path={new.data.path}: fingerprint {dataset.fingerprint[:12]}, but {path} was trained on "
+            f"{saved['dataset']['fingerprint'][:12]}; give that data, or choose another run.name"
         )
     pairs = [
         ("run.seed", old.run.seed, new.run.seed),

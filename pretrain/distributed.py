@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,6 +59,8 @@ def start(timeout_minutes: float) -> tuple[Ranks, torch.device]:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    # torch renamed the collectives that DeepSpeed calls; its users can do nothing about that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     ranks = discover(os.environ)
     os.environ |= {
         "RANK": str(ranks.rank),
@@ -76,9 +79,7 @@ def start(timeout_minutes: float) -> tuple[Ranks, torch.device]:
     else:
         accelerator.set_device(ranks.local_rank)
     deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name()
-        if accelerator.device_name() != "cpu"
-        else "gloo",
+        dist_backend=accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
         timeout=timedelta(minutes=timeout_minutes),
         verbose=False,
     )

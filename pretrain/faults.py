@@ -35,8 +35,7 @@ def check_applied(engine: deepspeed.DeepSpeedEngine, grad_norm: float, step: int
     """UserError if DeepSpeed left the step out because the gradient was not finite."""
     if not math.isfinite(grad_norm) or not engine.was_step_applied():
         raise UserError(
-            f"step {step + 1}: the gradient's norm is {grad_norm}; the step was not applied. "
-            f"{_advice(step, stream)}"
+            f"step {step + 1}: the gradient's norm is {grad_norm}; the step was not applied. {_advice(step, stream)}"
         )
 
 

@@ -8,7 +8,6 @@ import resource
 import sys
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -40,9 +39,7 @@ class Metrics:
         path = config.run.folder / METRICS_FILE
         path.touch()
         if path.stat().st_size < keep_bytes:
-            raise UserError(
-                f"{path}: shorter than the checkpoint recorded; restore it, or choose another run.name"
-            )
+            raise UserError(f"{path}: shorter than the checkpoint recorded; restore it, or choose another run.name")
         os.truncate(path, keep_bytes)
         self._file = path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(config)
@@ -106,8 +103,9 @@ def console_line(values: Mapping[str, Any], total_steps: int) -> str:
     step = values["step"]
     remaining = (total_steps - step) * values["step_seconds"]
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}", f"loss {values['loss']:.4f}"]
-    names = {"loss_next_token": "next-token", "loss_next_latent": "next-latent", "loss_kl": "kl"}
-    parts += [f"{name} {values[key]:.4f}" for key, name in names.items() if key in values and len(values) > 1]
+    terms = {"loss_next_token": "next-token", "loss_next_latent": "next-latent", "loss_kl": "kl"}
+    present = [f"{name} {values[key]:.4f}" for key, name in terms.items() if key in values]
+    parts += present if len(present) > 1 else []  # a single term is the loss itself
     parts += [
         f"grad {values['grad_norm']:.3g}",
         f"lr {values['learning_rate']:.2e}",

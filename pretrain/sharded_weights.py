@@ -57,9 +57,7 @@ class ShardedWeights:
         if name in self._whole:
             return self._whole[name].float().clone()
         where = self._locations[name]
-        parts = [
-            groups[where.group][where.start : where.start + where.length] for groups in self._flat_groups_by_rank
-        ]
+        parts = [groups[where.group][where.start : where.start + where.length] for groups in self._flat_groups_by_rank]
         return torch.cat(parts)[: where.shape.numel()].view(where.shape)
 
     def _open_zero3(self, model_states: dict[str, Any]) -> None:

@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_intermixed_args(argv)
     try:
         finished = train(load_config(arguments.config, arguments.overrides))
-    except UserError as error:
+    except UserError:
         if dist.is_initialized() or distributed.discover(os.environ).local_rank == 0:
             raise
         sys.exit(2)  # every rank of a machine meets the same error: one of them says so

@@ -13,8 +13,27 @@ import yaml
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-TEXTS = ["argparse.py", "ast.py", "codecs.py", "copy.py", "csv.py", "enum.py", "functools.py", "heapq.py", "json/decoder.py"]
-TEXTS += ["pathlib.py", "random.py", "shutil.py", "statistics.py", "string.py", "tempfile.py", "textwrap.py", "types.py"]
+TEXTS = [
+    "argparse.py",
+    "ast.py",
+    "codecs.py",
+    "copy.py",
+    "csv.py",
+    "enum.py",
+    "functools.py",
+    "heapq.py",
+    "json/decoder.py",
+]
+TEXTS += [
+    "pathlib.py",
+    "random.py",
+    "shutil.py",
+    "statistics.py",
+    "string.py",
+    "tempfile.py",
+    "textwrap.py",
+    "types.py",
+]
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def fused_cross_entropy_kl(
         rollouts_dND = hidden_ND.new_zeros(0, *hidden_ND.shape)
         kl_weights_dN = ce_weights_N.new_zeros(0, *ce_weights_N.shape)
     form_gradients = torch.is_grad_enabled()
-    return _FusedCrossEntropyKL.apply(  # type: ignore[no-any-return]
+    return _FusedCrossEntropyKL.apply(
         hidden_ND, head_VD, targets_N, ce_weights_N, rollouts_dND, kl_weights_dN, memory_budget_bytes, form_gradients
     )
 

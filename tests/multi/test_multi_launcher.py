@@ -48,7 +48,9 @@ def test_a_batch_that_does_not_fit_the_ranks_is_refused_before_anything_starts(
 def test_an_interrupted_run_saves_says_how_to_go_on_and_loses_nothing(
     write_config: WriteConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
-    config = write_config("interrupted", {"schedule.steps": 60, "schedule.name": "constant", "schedule.decay_steps": None})
+    config = write_config(
+        "interrupted", {"schedule.steps": 60, "schedule.name": "constant", "schedule.decay_steps": None}
+    )
     metrics = tmp_path / "runs" / "interrupted" / "metrics.jsonl"
     process = start(2, 29623, config)
     deadline = time.monotonic() + 120

@@ -114,5 +114,3 @@ def test_a_checkpoint_says_what_it_is(runs: Path) -> None:
     assert checkpoint.tokenizer().fingerprint == checkpoint.dataset["tokenizer_fingerprint"]
     state = json.loads((checkpoint.path / "state.json").read_text())
     assert state["ranks"] == 2 and state["zero_stage"] == 3
-
-

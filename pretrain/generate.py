@@ -11,47 +11,12 @@ from pathlib import Path
 import torch
 
 from data_pipeline import UserError, run_command
-from pretrain.decoding import (
-    AdaptiveLength,
-    DecodingStatistics,
-    Export,
-    FixedLength,
-    Sampling,
-    draft_with_latent_dynamics,
-    generate,
-    load_export,
-)
-from pretrain.decoding.drafting import DraftLength
+from pretrain.decoding import DecodingStatistics, Export, Sampling, load_export
+from pretrain.decoding.continuation import DEFAULT_DRAFT, continue_text
+from pretrain.decoding.loading import fitting_threads
 
-DEFAULT_DRAFT = 4
 DEFAULT_NEW_TOKENS = 128
 TIMED_RUNS = 3
-
-
-def continue_text(
-    export: Export,
-    prompt: list[int],
-    max_new_tokens: int,
-    draft: int | str,
-    sampling: Sampling,
-    seed: int | None = None,
-    on_tokens: Callable[[list[int]], None] | None = None,
-) -> tuple[list[int], DecodingStatistics]:
-    """`decoding.generate` with an exported model; draft: tokens per cycle, "auto", or 0 for plain decoding."""
-    generator = None if seed is None else torch.Generator(export.model.device).manual_seed(seed)
-    step = draft_with_latent_dynamics(export.model, export.dynamics) if draft and export.dynamics else None
-    length: DraftLength = AdaptiveLength() if isinstance(draft, str) else FixedLength(draft)
-    return generate(
-        export.model,
-        prompt,
-        max_new_tokens,
-        eos_id=export.eos_id,
-        draft_step=step,
-        draft_length=length,
-        sampling=sampling,
-        generator=generator,
-        on_tokens=on_tokens,
-    )
 
 
 def parse_draft(text: str | None, has_dynamics: bool, where: str | Path) -> int | str:
@@ -110,17 +75,27 @@ def main(argv: list[str] | None = None) -> None:
     new = arguments.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
     seed = torch.seed() % 2**31 if arguments.seed is None else arguments.seed
 
-    def write(text: str) -> None:
-        sys.stdout.write(text)
+    with fitting_threads(export.model):
+        tokens, counted = stream_text(export, arguments.prompt, prompt, new, draft, sampling, seed)
+        if arguments.stats:
+            print_statistics(export, prompt, new, draft, sampling, seed, tokens, counted)
+
+
+def stream_text(
+    export: Export, text: str, prompt: list[int], new: int, draft: int | str, sampling: Sampling, seed: int
+) -> tuple[list[int], DecodingStatistics]:
+    """Write the prompt, and what follows as it comes, to standard output."""
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
         sys.stdout.flush()
 
     stream = TextStream(lambda ids: str(export.tokenizer.decode(ids, skip_special_tokens=True)), write)
-    write(arguments.prompt)
-    tokens, counted = continue_text(export, prompt, new, draft, sampling, seed, stream)
+    write(text)
+    result = continue_text(export, prompt, new, draft, sampling, seed, stream)
     stream([], last=True)
     write("\n")
-    if arguments.stats:
-        print_statistics(export, prompt, new, draft, sampling, seed, tokens, counted)
+    return result
 
 
 def print_statistics(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from pretrain.checkpoints import Checkpoint
 
 MANIFEST = "nextlat_manifest.json"
+SMALL_PARAMETERS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,30 @@ class Export:
     dynamics: LatentDynamics | None
     """p_ψ; None where the objective has none."""
     manifest: dict[str, Any]
-    """The content of nextlat_manifest.json."""
+    """The content of nextlat_manifest.json, or at least its `dataset`."""
 
     @property
     def eos_id(self) -> int:
         """The token that opens and ends a document."""
         return int(self.model.config.eos_token_id)
+
+
+@contextmanager
+def fitting_threads(model: nn.Module) -> Iterator[None]:
+    """On a CPU, decode a small model on one thread: its products are too short to share, and waiting costs more.
+
+    OMP_NUM_THREADS, where it is set, has the last word.
+    """
+    parameters = list(model.parameters())
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+    small = sum(parameter.numel() for parameter in parameters) < SMALL_PARAMETERS
+    threads = torch.get_num_threads()
+    if on_cpu and small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -111,7 +133,7 @@ def load_trained(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     return model.eval()
 
 
-def load_checkpoint_as_llama(checkpoint: Checkpoint) -> Export:
+def load_checkpoint_as_llama(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Export:
     """A checkpoint's trunk as LlamaForCausalLM in float32, with no folder between; it has no tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -125,7 +147,13 @@ def load_checkpoint_as_llama(checkpoint: Checkpoint) -> Export:
             _assign(model, target, parameter.data)
     model.tie_weights()
     dynamics = getattr(trained.objective, "dynamics", None)
-    return Export(checkpoint.path, model.eval(), None, dynamics, {"dataset": checkpoint.dataset})
+    return Export(
+        checkpoint.path,
+        model.eval().to(device),
+        None,
+        dynamics.to(device) if dynamics is not None else None,
+        {"dataset": checkpoint.dataset},
+    )
 
 
 def check_names(model: PretrainingModel, checkpoint: Checkpoint) -> None:

@@ -51,8 +51,12 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(p_V: Tensor, generator: torch.Generator | None = None) -> int:
-    """One token id from a distribution (V,)."""
-    return int(torch.multinomial(p_V, 1, generator=generator))
+    """One token id from a distribution (V,): the first to ring of clocks with exponential rates p.
+
+    As torch.multinomial, without its checks, which cost a tenth of a small draft step.
+    """
+    waiting_V = torch.empty_like(p_V).exponential_(generator=generator)
+    return int((p_V / waiting_V).argmax())
 
 
 def residual(p_V: Tensor, q_V: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MEMORY_BUDGET_BYTES = 256 * 2**20
-"""Logits and their gradients that may exist at one time; the chunk size follows from it."""
+HEADS_PER_CHUNK = 2
+"""Memory for logits, in sizes of the head's weight. A chunk reads the head and updates its gradient: one not much
+smaller than the head would spend its time on that."""
+LEAST_BUDGET_BYTES = 16 * 2**20
 
 
 def fused_cross_entropy_kl(
@@ -25,7 +27,7 @@ def fused_cross_entropy_kl(
     ce_weights_N: Tensor,
     rollouts_dND: Tensor | None = None,
     kl_weights_dN: Tensor | None = None,
-    memory_budget_bytes: int = MEMORY_BUDGET_BYTES,
+    memory_budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums of cross-entropy and of KL(teacher ‖ student).
 
@@ -43,7 +45,7 @@ def fused_cross_entropy_kl(
         targets_N: token ids; any valid id where the weight is 0.
         ce_weights_N, kl_weights_dN: float weights, 0 for masked positions; they fold in the 1/count of a mean.
         rollouts_dND: predicted hidden states, row i landing on the same positions as `hidden_ND`; None for no KL.
-        memory_budget_bytes: bound on the memory of logits.
+        memory_budget_bytes: bound on the memory of logits; None for `HEADS_PER_CHUNK` times the head's.
 
     Returns:
         Cross-entropy, a scalar, and KL, one value per rollout step (d,), in nats, summed in float32 (float64
@@ -52,6 +54,8 @@ def fused_cross_entropy_kl(
     if rollouts_dND is None or kl_weights_dN is None:
         rollouts_dND = hidden_ND.new_zeros(0, *hidden_ND.shape)
         kl_weights_dN = ce_weights_N.new_zeros(0, *ce_weights_N.shape)
+    if memory_budget_bytes is None:
+        memory_budget_bytes = max(LEAST_BUDGET_BYTES, HEADS_PER_CHUNK * head_VD.nbytes)
     form_gradients = torch.is_grad_enabled()
     return _FusedCrossEntropyKL.apply(
         hidden_ND, head_VD, targets_N, ce_weights_N, rollouts_dND, kl_weights_dN, memory_budget_bytes, form_gradients

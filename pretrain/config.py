@@ -128,6 +128,7 @@ class NextLatConfig(Section):
     """Hidden width of the latent dynamics model p_psi."""
 
 
+OBJECTIVES: dict[str, type[Section]] = {"next_token": NextTokenConfig, "nextlat": NextLatConfig}
 ObjectiveConfig = Annotated[NextTokenConfig | NextLatConfig, Field(discriminator="name")]
 
 
@@ -196,17 +197,24 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _check_lengths(self) -> ScheduleConfig:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError("give exactly one of schedule.steps and schedule.tokens")
+            given = self._given("steps", "tokens")
+            raise ValueError(f"give exactly one of schedule.steps and schedule.tokens, not {given or 'neither'}")
         if self.warmup_steps is not None and self.warmup_tokens is not None:
-            raise ValueError("give schedule.warmup_steps or schedule.warmup_tokens, not both")
-        decays = (self.decay_steps is not None) + (self.decay_tokens is not None)
-        if decays != (1 if self.name == "wsd" else 0):
+            raise ValueError(f"{self._given('warmup_steps', 'warmup_tokens')}: give one of the two, not both")
+        decays = self._given("decay_steps", "decay_tokens")
+        if self.name == "wsd" and (self.decay_steps is None) == (self.decay_tokens is None):
             raise ValueError(
-                "schedule.name=wsd needs exactly one of schedule.decay_steps and schedule.decay_tokens"
-                if self.name == "wsd"
-                else f"schedule.decay_steps and schedule.decay_tokens have no meaning for schedule.name={self.name}"
+                "schedule.name=wsd needs exactly one of schedule.decay_steps and schedule.decay_tokens, "
+                f"not {decays or 'neither'}"
             )
+        if self.name != "wsd" and decays:
+            raise ValueError(f"{decays} has no meaning for schedule.name={self.name}; leave it out, or use wsd")
         return self
+
+    def _given(self, *keys: str) -> str:
+        """`schedule.key=value and …` of those that were given; empty if none was."""
+        values = {key: getattr(self, key) for key in keys}
+        return " and ".join(f"schedule.{key}={value}" for key, value in values.items() if value is not None)
 
 
 class CheckpointConfig(Section):
@@ -277,8 +285,9 @@ class Config(Section):
                 f"batch.micro_sequences={self.batch.micro_sequences}; choose a multiple of it"
             )
         if self.warmup_steps + self.decay_steps > self.total_steps:
+            given = self.schedule._given("warmup_steps", "warmup_tokens", "decay_steps", "decay_tokens")
             raise ValueError(
-                f"schedule: {self.warmup_steps} warm-up and {self.decay_steps} decay steps do not fit into "
+                f"{given}: {self.warmup_steps} warm-up and {self.decay_steps} decay steps do not fit into "
                 f"{self.total_steps} steps; shorten them or lengthen the run"
             )
         derived = {
@@ -292,11 +301,12 @@ class Config(Section):
             "bf16": "run.precision",
             "data_types": "run.precision",
         }
-        for key in self.deepspeed:
+        for key, value in self.deepspeed.items():
             if key in derived:
-                raise ValueError(f"deepspeed.{key} follows from {derived[key]}; set that and leave this out")
+                raise ValueError(f"deepspeed.{key}={value} follows from {derived[key]}; set that and leave this out")
         if not isinstance(self.deepspeed.get("zero_optimization", {}), dict):
-            raise ValueError("deepspeed.zero_optimization must be a mapping, such as {stage: 3}")
+            value = self.deepspeed["zero_optimization"]
+            raise ValueError(f"deepspeed.zero_optimization={value!r} must be a mapping, such as {{stage: 3}}")
         stage = self.zero_stage
         if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
             raise ValueError(f"deepspeed.zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
@@ -354,30 +364,44 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Yaml12Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: 3e-4 is a number, and off is a word."""
+    """YAML 1.2 scalars (3e-4 is a number, off is a word), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (key_node, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-_Yaml12Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Yaml12Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Yaml12Loader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|nan))$"),
-    list("-+0123456789."),
-)
+class _Yaml12Dumper(yaml.SafeDumper):
+    """Quotes what _Yaml12Loader would not read back as text."""
+
+
+_BOOL, _INT, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+for _class in (_Yaml12Loader, _Yaml12Dumper):
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _INT, _FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+    _class.add_implicit_resolver(_INT, re.compile(r"^[-+]?(?:0|[1-9][\d_]*)$"), list("-+0123456789"))
+    _class.add_implicit_resolver(
+        _FLOAT,
+        re.compile(r"^[-+]?(?:(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|nan))$"),
+        list("-+0123456789."),
+    )
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Yaml12Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a scalar such as the date 2024-13-45
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -403,13 +427,13 @@ def _describe(error: ValidationError) -> str:
     # A mistyped key shows up twice, as unknown and as missing: the unknown one explains more.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    # A discriminated union puts the variant's name into the location; users know no such key.
-    location = [str(part) for part in problem["loc"] if part not in ("next_token", "nextlat")]
+    location = [str(part) for part in problem["loc"]]
+    objective = location.pop(1) if len(location) > 2 and location[0] == "objective" else None  # the union's variant
     key = ".".join(location)
     value = problem["input"]
     match problem["type"]:
         case "extra_forbidden":
-            line = f"unknown key {key}={value!r}{_suggestion(location)}"
+            line = f"unknown key {key}={value!r}{_suggestion(location, objective)}"
         case "missing":
             line = f"missing key {key}; add it"
         case "union_tag_not_found":
@@ -424,18 +448,18 @@ def _describe(error: ValidationError) -> str:
     return line + (f" (and {more} more)" if more else "")
 
 
-def _suggestion(location: list[str]) -> str:
+def _suggestion(location: list[str], objective: str | None) -> str:
     """`; did you mean …` or the keys that exist, for an unknown key at `location`."""
     section: Any = Config
+    where = ""
     for part in location[:-1]:
-        annotation = section.model_fields[part].annotation
-        section = annotation
-    if section is ObjectiveConfig or not hasattr(section, "model_fields"):
-        known = sorted({*NextTokenConfig.model_fields, *NextLatConfig.model_fields})
-    else:
-        known = list(section.model_fields)
+        section = OBJECTIVES[objective] if objective else section.model_fields[part].annotation
+        where = f" for objective.name={objective}" if objective else ""
+    known = list(section.model_fields)
     close = difflib.get_close_matches(location[-1], known, n=1)
-    return f"; did you mean {'.'.join([*location[:-1], close[0]])}?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f"{where}; did you mean {'.'.join([*location[:-1], close[0]])}?"
+    return f"{where}; known: {', '.join(known)}"
 
 
 def _divisors(number: int, up_to: int) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -11,6 +12,7 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
+from pretrain import init_from
 from pretrain.config import Config, OptimizerConfig
 from pretrain.latent_dynamics import LatentDynamics
 from pretrain.model import PretrainingModel, initialise
@@ -59,7 +61,10 @@ def build_engine(config: Config, vocab_size: int, ranks: int, device: torch.devi
     # supported, CPUs among them (DeepSpeed 0.19.8).
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=sharded):
         model = PretrainingModel(config, vocab_size)
-    initialise(model, config.run.seed, config.model.init_std, _gathered if sharded else _as_it_is)
+    whole = _gathered if sharded else _as_it_is
+    initialise(model, config.run.seed, config.model.init_std, whole)
+    if config.model.init_from is not None:
+        init_from.load_weights(model, Path(config.model.init_from), whole)
     if any(isinstance(module, LatentDynamics) for module in model.modules()):
         # p_psi's layers are used once per rollout step: gather them once per pass, as one unit.
         set_z3_leaf_modules(model, [LatentDynamics])
@@ -98,6 +103,4 @@ def _gathered(parameter: nn.Parameter) -> AbstractContextManager[object]:
 
 
 def _as_it_is(parameter: nn.Parameter) -> AbstractContextManager[object]:
-    from contextlib import nullcontext
-
     return nullcontext()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline import Batch, Dataset, Stream, UserError, open_dataset, run_command, validation_batches
-from pretrain import checkpoints, distributed, faults, schedules
+from pretrain import checkpoints, distributed, faults, init_from, schedules
 from pretrain.checkpoints import TrainState
 from pretrain.config import Config, dump_config, load_config
 from pretrain.distributed import Ranks, all_reduce_sum
@@ -88,6 +88,8 @@ def open_data(config: Config) -> tuple[Dataset, Stream, int]:
             f"model.vocab_size={vocab_size} is smaller than the {dataset.vocab_size} tokens of data.path="
             f"{config.data.path}; leave it out, or give at least that"
         )
+    if config.model.init_from is not None:
+        init_from.check_folder(Path(config.model.init_from), config, vocab_size)
     stream = Stream(
         dataset.split("train"),
         seed=config.run.seed,

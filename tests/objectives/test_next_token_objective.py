@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import make_batch, rows_of
+
+from pretrain.config import NextLatConfig, NextTokenConfig
+from pretrain.objectives import LanguageModelHead, NextLat, NextToken, TokenBatch, build_objective
+
+VOCAB, COLUMNS, WIDTH = 11, 13, 8
+
+
+def make_case() -> tuple[TokenBatch, torch.Tensor, LanguageModelHead]:
+    batch = make_batch([[4, 1, 8], [13], [5, 2], []], COLUMNS, VOCAB, [[2, 0, 3], [6], [0, 1], []])
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, COLUMNS - 1, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
+    head = LanguageModelHead(WIDTH, VOCAB)
+    head.weight.data = torch.randn(VOCAB, WIDTH, generator=generator, dtype=torch.float64)
+    return batch, hidden, head
+
+
+@pytest.mark.parametrize("rows", [[4], [1, 2, 1]], ids=["one micro-batch", "three micro-batches"])
+def test_next_token_loss_and_gradients_equal_torchs_cross_entropy_over_the_valid_targets(rows: list[int]):
+    batch, hidden, head = make_case()
+    targets = torch.where(batch.target_mask, batch.tokens, -100)[:, 1:]
+    assert 0 < (targets >= 0).sum() < targets.numel()
+    expected = F.cross_entropy((hidden @ head.weight.T).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    expected_gradients = torch.autograd.grad(expected, [hidden, head.weight])
+
+    objective = NextToken()
+    parts = [slice(end - size, end) for size, end in zip(rows, torch.tensor(rows).cumsum(0), strict=True)]
+    counts = sum(objective.valid_counts(rows_of(batch, part)) for part in parts)
+    assert counts.tolist() == [(targets >= 0).sum()]
+    shares = [objective(hidden[part], torch.zeros(()), rows_of(batch, part), head, counts) for part in parts]
+    loss = sum(share["loss"] for share in shares)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(sum(share["loss_next_token"] for share in shares), expected.detach())
+    for actual, wanted in zip(torch.autograd.grad(loss, [hidden, head.weight]), expected_gradients, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-14)
+
+
+def test_next_token_with_no_target_at_all_is_zero():
+    batch, hidden, head = make_case()
+    nothing = TokenBatch(batch.tokens, batch.document_ids, batch.positions, torch.zeros_like(batch.target_mask))
+    objective = NextToken()
+    losses = objective(hidden, torch.zeros(()), nothing, head, objective.valid_counts(nothing))
+    losses["loss"].backward()
+    assert losses["loss"] == 0 and (hidden.grad == 0).all() and (head.weight.grad == 0).all()
+
+
+def test_the_head_alone_gives_logits():
+    _, hidden, head = make_case()
+    torch.testing.assert_close(head(hidden), torch.einsum("btd,vd->btv", hidden, head.weight))
+
+
+def test_the_objective_section_chooses_the_objective():
+    assert type(build_objective(NextTokenConfig(name="next_token"), WIDTH)) is NextToken
+    nextlat = NextLatConfig(name="nextlat", horizon=3, next_latent_weight=0.25, kl_weight=0.75, dynamics_width=5)
+    objective = build_objective(nextlat, WIDTH)
+    assert type(objective) is NextLat
+    assert (objective.horizon, objective.next_latent_weight, objective.kl_weight) == (3, 0.25, 0.75)
+    assert objective.dynamics.hidden.weight.shape == (5, 5)
+    assert objective.dynamics.input.weight.shape == (5, 2 * WIDTH)

@@ -14,6 +14,7 @@ from data_pipeline import UserError, run_command
 from pretrain.decoding import DecodingStatistics, Export, Sampling, load_export
 from pretrain.decoding.continuation import DEFAULT_DRAFT, continue_text
 from pretrain.decoding.loading import fitting_threads
+from pretrain.decoding.speculative import check_room
 
 DEFAULT_NEW_TOKENS = 128
 TIMED_RUNS = 3
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--prompt has {len(prompt)} tokens and the model's context {room + len(prompt)}; shorten the prompt"
         )
     new = arguments.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
+    check_room(export.model, len(prompt), new)
     seed = torch.seed() % 2**31 if arguments.seed is None else arguments.seed
 
     with fitting_threads(export.model):

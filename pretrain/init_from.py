@@ -15,6 +15,7 @@ from torch import nn
 from data_pipeline import UserError
 from pretrain.config import Config
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_config, llama_name
+from pretrain.decoding.loading import MANIFEST
 
 KEYS = {
     "hidden_size": "model.width",
@@ -29,8 +30,11 @@ KEYS = {
 }
 
 
-def check_folder(folder: Path, config: Config, vocab_size: int) -> None:
-    """UserError unless the folder holds safetensors of a Llama of exactly this run's shape."""
+def check_folder(folder: Path, config: Config, vocab_size: int, tokenizer_fingerprint: str) -> None:
+    """UserError unless the folder holds safetensors of a Llama of exactly this run's shape.
+
+    One of our own exports says which tokenizer it was trained with; that must be the data set's too.
+    """
     try:
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -47,6 +51,14 @@ def check_folder(folder: Path, config: Config, vocab_size: int) -> None:
             raise UserError(
                 f"{our_key} makes {key}={ours[key]}, but model.init_from={folder} has {theirs.get(key)}; "
                 f"set {our_key} to fit it"
+            )
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        trained_with = json.loads(manifest.read_text(encoding="utf-8"))["dataset"]["tokenizer_fingerprint"]
+        if trained_with != tokenizer_fingerprint:
+            raise UserError(
+                f"data.path={config.data.path}: made with tokenizer {tokenizer_fingerprint[:12]}, but model.init_from="
+                f"{folder} was trained with {trained_with[:12]}; prepare the data with that model's tokenizer"
             )
     _files(folder)
 

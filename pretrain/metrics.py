@@ -53,6 +53,7 @@ class Metrics:
             console=self._console,
             disable=not self._console.is_terminal,
         )
+        self._seconds_per_step: float | None = None
         self._task = self._progress.add_task(config.run.name, total=config.total_steps, completed=first_step)
 
     def __enter__(self) -> Self:
@@ -81,8 +82,11 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=values["step"])
         step, total = values["step"], self.config.total_steps
+        seconds = values["step_seconds"]
+        before = self._seconds_per_step
+        self._seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
         if step % self.config.metrics.console_every == 0 or step == total or "val_loss" in values:
-            self._console.print(console_line(values, total))
+            self._console.print(console_line(values, total, (total - step) * self._seconds_per_step))
 
     def say(self, message: str) -> None:
         """A line on the console."""
@@ -98,10 +102,9 @@ class Metrics:
         return self._file.tell()
 
 
-def console_line(values: Mapping[str, Any], total_steps: int) -> str:
+def console_line(values: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
     """One step in one line, in the order in which people look."""
     step = values["step"]
-    remaining = (total_steps - step) * values["step_seconds"]
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}", f"loss {values['loss']:.4f}"]
     terms = {"loss_next_token": "next-token", "loss_next_latent": "next-latent", "loss_kl": "kl"}
     present = [f"{name} {values[key]:.4f}" for key, name in terms.items() if key in values]
@@ -117,7 +120,7 @@ def console_line(values: Mapping[str, Any], total_steps: int) -> str:
     parts.append(f"data {values['data_seconds'] / max(values['step_seconds'], 1e-9):.0%}")
     if "val_loss_next_token" in values:
         parts.append(f"val {values['val_loss_next_token']:.4f}")
-    parts.append(f"eta {_clock(remaining)}")
+    parts.append(f"eta {_clock(seconds_left)}")
     return "  ".join(parts)
 
 

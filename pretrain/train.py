@@ -89,7 +89,7 @@ def open_data(config: Config) -> tuple[Dataset, Stream, int]:
             f"{config.data.path}; leave it out, or give at least that"
         )
     if config.model.init_from is not None:
-        init_from.check_folder(Path(config.model.init_from), config, vocab_size)
+        init_from.check_folder(Path(config.model.init_from), config, vocab_size, dataset.tokenizer_fingerprint)
     stream = Stream(
         dataset.split("train"),
         seed=config.run.seed,

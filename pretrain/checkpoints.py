@@ -177,7 +177,8 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the data was made with."""
-        return load_tokenizer(str(self.tokenizer_file or self.dataset["tokenizer_kind"]))
+        spec = str(self.tokenizer_file or self.dataset["tokenizer_kind"])
+        return load_tokenizer(spec, eos_id=self.dataset["eos_id"])
 
     @cached_property
     def weights(self) -> ShardedWeights:

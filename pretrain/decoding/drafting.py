@@ -147,4 +147,3 @@ class AdaptiveLength:
 
     def _faded(self, sums: list[float], new: list[float]) -> list[float]:
         return [self.FADING * a + b for a, b in zip(sums, new, strict=True)]
-

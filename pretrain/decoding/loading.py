@@ -88,9 +88,7 @@ def load_export(
     _check_sizes(path, manifest)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, dynamics = load_folder(path, dtype)
-    return Export(
-        path, model.to(device), tokenizer, dynamics.to(device) if dynamics is not None else None, manifest
-    )
+    return Export(path, model.to(device), tokenizer, dynamics.to(device) if dynamics is not None else None, manifest)
 
 
 def load_folder(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, LatentDynamics | None]:

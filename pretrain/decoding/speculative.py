@@ -117,14 +117,7 @@ def generate(
 
     Raises UserError for an empty prompt, or where prompt and new tokens exceed the model's context.
     """
-    context = model.config.max_position_embeddings
-    if not prompt:
-        raise UserError("the prompt has no tokens; give at least one, such as the end-of-text token")
-    if len(prompt) + max_new_tokens > context:
-        raise UserError(
-            f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's context of "
-            f"{context} tokens; shorten the prompt or ask for fewer"
-        )
+    check_room(model, len(prompt), max_new_tokens)
     statistics = DecodingStatistics()
     tokens: list[int] = []
     cycles = _cycles(
@@ -144,6 +137,18 @@ def generate(
             if on_tokens:
                 on_tokens(new)
     return tokens, statistics
+
+
+def check_room(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise UserError for an empty prompt, or where prompt and new tokens exceed the model's context."""
+    context = model.config.max_position_embeddings
+    if not prompt_tokens:
+        raise UserError("the prompt has no tokens; give at least one, such as the end-of-text token")
+    if prompt_tokens + max_new_tokens > context:
+        raise UserError(
+            f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones exceed the model's context of "
+            f"{context} tokens; shorten the prompt or ask for fewer"
+        )
 
 
 def _cycles(

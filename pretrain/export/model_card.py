@@ -53,8 +53,8 @@ A decoder-only language model of Llama's architecture, pretrained from scratch. 
 default (`add_special_tokens=True`), and a model ends a text with it.
 
 **Checked before this folder got its name**: logits equal to the trained model's to {measured["logit_difference"]:.1e};
-{measured["greedy_tokens_equal"]} greedy tokens equal; {measured["tokenizer_texts_equal"]:,} texts encoded and decoded as
-in training. `nextlat_manifest.json` has the source, the whole config and the sha256 of each file.
+{measured["greedy_tokens_equal"]} greedy tokens equal; {measured["tokenizer_texts_equal"]:,} texts encoded and decoded
+as in training. `nextlat_manifest.json` has the source, the whole config and the sha256 of each file.
 
 Limits: a base model, not tuned to follow instructions; it repeats what is in its training text, errors included.
 """

@@ -62,9 +62,7 @@ def _from_json(source: Tokenizer, eos_id: int) -> tuple[dict[str, Any], dict[str
     content = json.loads(source.path.read_text(encoding="utf-8"))
     known = {token["id"] for token in content.get("added_tokens") or []}
     if eos_id not in known:
-        raise UserError(
-            f"{source.path}: token {eos_id}, which ends a text, is no added token; add it to added_tokens"
-        )
+        raise UserError(f"{source.path}: token {eos_id}, which ends a text, is no added token; add it to added_tokens")
     return content, {}
 
 
@@ -117,7 +115,9 @@ def _from_sentencepiece(source: Tokenizer, eos_id: int) -> tuple[dict[str, Any],
     special = {model.trainer_spec.unk_id, eos_id} | {
         number for number, piece in enumerate(model.pieces) if piece.type == kinds.CONTROL
     }
-    tokenizer.add_special_tokens([AddedToken(texts[number], special=True, normalized=False) for number in sorted(special)])
+    tokenizer.add_special_tokens(
+        [AddedToken(texts[number], special=True, normalized=False) for number in sorted(special)]
+    )
     return json.loads(tokenizer.to_str()), {"unk_token": texts[model.trainer_spec.unk_id]}
 
 

@@ -49,7 +49,7 @@ def write_weights(
     if len(shards) == 1:
         write_safetensors(folder / "model.safetensors", shards[0], read, dtype)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / name, shard, read, dtype)
@@ -94,4 +94,4 @@ def _write_tensor(file: BinaryIO, plan: Plan, tensor: Tensor, dtype: torch.dtype
     converted = tensor.to(dtype).contiguous()
     if not bool(torch.isfinite(converted).all()):
         raise UserError(f"{plan.source} has values beyond the range of {dtype}; export with --dtype bfloat16")
-    file.write(memoryview(converted.view(torch.uint8).numpy()).cast("B"))
+    file.write(converted.view(torch.uint8).numpy().data)

@@ -1,0 +1,135 @@
+"""The joint distribution of four tokens, drafted and verified, against the exact one; and mutations that must fail."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from decoding_helpers import TableModel
+
+from data_pipeline import UserError
+from pretrain.decoding import FixedLength, Sampling, generate
+from pretrain.decoding import sampling as sampling_module
+from pretrain.decoding import speculative as speculative_module
+from pretrain.decoding.sampling import draw, probabilities, residual, verify
+
+VOCAB, LENGTH, SAMPLES = 3, 4, 8000
+PROMPT = [1, 2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def joint(model: TableModel, sampling: Sampling) -> torch.Tensor:
+    """The exact probability of each of VOCAB ** LENGTH continuations, in float64."""
+    result = []
+    for text in itertools.product(range(VOCAB), repeat=LENGTH):
+        probability, tokens = 1.0, list(PROMPT)
+        for token in text:
+            state = model.states[tokens[-2], tokens[-1]].double()
+            probability *= float(probabilities(state @ model.head.double(), sampling)[token])
+            tokens.append(token)
+        result.append(probability)
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def p_value(model: TableModel, sampling: Sampling, drafts: int, samples: int = SAMPLES, seed: int = 0) -> float:
+    """Chi-square test of generated texts against the exact distribution; cells below 5 are pooled."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.zeros(VOCAB**LENGTH, dtype=torch.float64)
+    for _ in range(samples):
+        tokens, _ = generate(
+            model, PROMPT, LENGTH, draft_step=model.draft_step, draft_length=FixedLength(drafts),
+            sampling=sampling, generator=generator,
+        )  # fmt: skip
+        counts[sum(token * VOCAB ** (LENGTH - 1 - place) for place, token in enumerate(tokens))] += 1
+    expected = joint(model, sampling) * samples
+    if bool(counts[expected == 0].any()):
+        return 0.0  # a text that cannot be
+    rare = expected < 5
+    observed, wanted = counts[~rare], expected[~rare]
+    if float(expected[rare].sum()) >= 5:
+        observed = torch.cat([observed, counts[rare].sum()[None]])
+        wanted = torch.cat([wanted, expected[rare].sum()[None]])
+    statistic = ((observed - wanted) ** 2 / wanted).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(wanted) - 1) / 2).double(), statistic / 2))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "drafts"),
+    [(Sampling(0.6), 2), (Sampling(1.5, top_k=2), 3), (Sampling(0.9, top_p=0.8), 3)],
+    ids=["temperature", "top-k", "top-p"],
+)
+def test_joint_distribution_of_four_tokens(sampling, drafts):
+    assert p_value(TableModel(VOCAB), sampling, drafts) > 1e-3
+
+
+def raw_q(p_kV, q_kV, drafts, generator=None):
+    """At temperature 1/2 the sampled q is the square of the unprocessed one, normalised."""
+    return verify(p_kV, q_kV.sqrt() / q_kV.sqrt().sum(-1, keepdim=True), drafts, generator)
+
+
+def resample_from_p(p_kV, q_kV, drafts, generator=None):
+    accepted, left = verify(p_kV, q_kV, drafts, generator)
+    return accepted, None if left is None else p_kV[accepted]
+
+
+def accept_one_too_many(p_kV, q_kV, drafts, generator=None):
+    accepted, left = verify(p_kV, q_kV, drafts, generator)
+    return (accepted, left) if left is None or accepted + 1 == len(drafts) else (accepted + 1, None)
+
+
+@pytest.mark.parametrize("mutation", [raw_q, resample_from_p, accept_one_too_many], ids=lambda m: m.__name__)
+def test_wrong_rules_fail_the_same_test(mutation, monkeypatch):
+    monkeypatch.setattr(speculative_module, "verify", mutation)
+    assert p_value(TableModel(VOCAB), Sampling(0.5), 3, samples=4000) < 1e-6
+
+
+def test_residual_is_what_the_target_has_more_of_and_p_where_nothing_is_left():
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.6, 0.3])
+    torch.testing.assert_close(residual(p, q), torch.tensor([1.0, 0.0, 0.0]))
+    assert torch.equal(residual(p, p), p)
+
+
+def test_filters_keep_the_tokens_they_name():
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    base = logits.softmax(-1)
+    assert torch.equal(probabilities(logits, Sampling()), torch.tensor([[1.0, 0, 0, 0]]))
+    torch.testing.assert_close(probabilities(logits, Sampling(0.5)), (2 * logits).softmax(-1))
+    kept = torch.tensor([[True, False, True, False]])
+    expected = (base * kept) / (base * kept).sum()
+    torch.testing.assert_close(probabilities(logits, Sampling(1.0, top_k=2)), expected)
+    # the first token holds 0.64, the first two 0.88
+    torch.testing.assert_close(probabilities(logits, Sampling(1.0, top_p=0.7)), expected)
+    torch.testing.assert_close(probabilities(logits, Sampling(1.0, top_p=0.6)), torch.tensor([[1.0, 0, 0, 0]]))
+    torch.testing.assert_close(probabilities(logits, Sampling(1.0, top_k=9, top_p=1.0)), base)
+
+
+def test_draws_follow_the_distribution_and_never_what_is_impossible():
+    p = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.bincount(torch.tensor([draw(p, generator) for _ in range(8000)]), minlength=4) / 8000
+    assert counts[1] == 0
+    assert (counts - p).abs().max() < 0.02
+    assert draw(sampling_module.probabilities(torch.tensor([0.0, 5.0, 4.0]), Sampling()), generator) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -0.1}, "temperature -0.1 must be"),
+        ({"temperature": float("nan")}, "temperature nan must be"),
+        ({"top_k": 0}, "top-k 0 must be"),
+        ({"top_p": 0.0}, "top-p 0.0 must lie"),
+        ({"top_p": 1.2}, "top-p 1.2 must lie"),
+    ],
+)
+def test_refuses_settings_out_of_range(values, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**values)

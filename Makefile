@@ -48,7 +48,7 @@ format: $(READY)
 	ruff format .
 
 bench: $(READY)
-	python -m benchmarks.fused_loss
+	python -m benchmarks.loss
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

@@ -2,10 +2,15 @@
 
 A run is one YAML file. Any key can be overridden as `section.key=value`. Whatever does not fit the schema
 is refused with one line that names the file, the key, the value and what would do.
+
+    python -m pretrain.config FILE [section.key=value …]
+
+checks a config and prints the run's folder.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import math
 import re
@@ -15,7 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from data_pipeline import UserError
+from data_pipeline import UserError, run_command
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -464,3 +469,16 @@ def _suggestion(location: list[str], objective: str | None) -> str:
 
 def _divisors(number: int, up_to: int) -> str:
     return ", ".join(str(n) for n in range(1, up_to + 1) if number % n == 0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="pretrain.config", description="Check a config; print the run's folder.")
+    parser.add_argument("config", type=Path, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to set differently")
+    arguments = parser.parse_args(argv)
+    print(load_config(arguments.config, arguments.overrides).run.folder)
+
+
+if __name__ == "__main__":
+    run_command(main)

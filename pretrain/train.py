@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ Losses = dict[str, float]
 
 
 def train(config: Config) -> bool:
-    """Run, or go on with, what the config describes. True if the run reached its end.
+    """Run, or go on with, what the config describes. False if a signal stopped it before its end.
 
     Raises UserError for what the user can mend, before any training where that is possible.
     """
@@ -50,6 +51,7 @@ def train(config: Config) -> bool:
     if state.step >= config.total_steps:
         if ranks.is_first:
             print(f"{config.run.folder}: finished at step {state.step}; nothing to do")
+            write_outcome(config, "finished", state.step)
         return True
 
     with Metrics(config, ranks.is_first, state.metrics_bytes, first_step) as metrics:
@@ -60,6 +62,7 @@ def train(config: Config) -> bool:
             state.step += 1
             state.tokens += config.tokens_per_step
             record: dict[str, Any] = {"step": state.step, "tokens": state.tokens, **losses, **clock.step_is_done()}
+            stopped = stopped and state.step < config.total_steps  # told to stop with nothing left to do
             is_last = stopped or state.step == last_step
             if due(config.validation.every, state.step) or state.step == config.total_steps:
                 record |= validate(engine, config, dataset, ranks, device)
@@ -76,7 +79,10 @@ def train(config: Config) -> bool:
         if state.step < config.total_steps:
             why = f"received {stop.received.name}" if stop.received else "stopped"
             metrics.say(f"{why} at step {state.step} of {config.total_steps}; the same command goes on from there")
-    return state.step == config.total_steps or not stopped
+    if ranks.is_first:
+        outcome = "finished" if state.step == config.total_steps else "stopped" if stopped else "paused"
+        write_outcome(config, outcome, state.step)
+    return not stopped
 
 
 def open_data(config: Config) -> tuple[Dataset, Stream, int]:
@@ -88,6 +94,7 @@ def open_data(config: Config) -> tuple[Dataset, Stream, int]:
             f"model.vocab_size={vocab_size} is smaller than the {dataset.vocab_size} tokens of data.path="
             f"{config.data.path}; leave it out, or give at least that"
         )
+    validation(config, dataset, Ranks(0, 1, 0, 1))  # a split with nothing in it is better met now than at the end
     if config.model.init_from is not None:
         init_from.check_folder(Path(config.model.init_from), config, vocab_size, dataset.tokenizer_fingerprint)
     stream = Stream(
@@ -108,6 +115,11 @@ def prepare_folder(config: Config, ranks: Ranks) -> None:
             raise UserError(f"{folder}: holds checkpoints and run.resume is false; choose another run.name")
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     distributed.barrier()
+
+
+def write_outcome(config: Config, outcome: str, step: int) -> None:
+    """Leave word of how this start ended: a scheduler sees the exit code of whichever rank died last."""
+    (config.run.folder / "outcome").write_text(f"{outcome} at step {step}\n", encoding="utf-8")
 
 
 def resume(engine: deepspeed.DeepSpeedEngine, config: Config, dataset: Dataset, ranks: Ranks) -> TrainState:
@@ -171,14 +183,7 @@ def validate(
     engine: deepspeed.DeepSpeedEngine, config: Config, dataset: Dataset, ranks: Ranks, device: torch.device
 ) -> Losses:
     """Every loss on the validation split, as `val_…`, a mean over all of its positions."""
-    batches = validation_batches(
-        dataset.split("validation"),
-        sequence_length=config.data.sequence_length,
-        micro_sequences=config.batch.micro_sequences,
-        rank=ranks.rank,
-        ranks=ranks.world,
-        limit=config.validation.sequences,
-    )
+    batches = validation(config, dataset, ranks)
     objective = engine.module.objective
     engine.eval()
     with torch.no_grad():
@@ -191,6 +196,18 @@ def validate(
     engine.train()
     means, _ = reduce_losses(sums, False)
     return {f"val_{name}": value for name, value in means.items()}
+
+
+def validation(config: Config, dataset: Dataset, ranks: Ranks) -> Sequence[Batch]:
+    """This rank's validation batches; UserError where the split has nothing to predict."""
+    return validation_batches(
+        dataset.split("validation"),
+        sequence_length=config.data.sequence_length,
+        micro_sequences=config.batch.micro_sequences,
+        rank=ranks.rank,
+        ranks=ranks.world,
+        limit=config.validation.sequences,
+    )
 
 
 def split_rows(batch: Batch, rows: int, device: torch.device) -> list[TokenBatch]:

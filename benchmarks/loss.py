@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             *(f"{value:.2f}" for value in seconds),
             f"{seconds[1] / seconds[0]:.2f}",
             *(f"{value:,.0f}" for value in megabytes),
-            f"1/{megabytes[0] / megabytes[1]:.1f}",
+            f"1/{megabytes[0] / max(megabytes[1], 1e-3):.1f}",
         )
     Console().print(table)
 

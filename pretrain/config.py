@@ -411,10 +411,11 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in place."""
+    """Set one `section.key=value`, or a whole `section={key: value, …}`, in place."""
     key, equals, text = override.partition("=")
     parts = key.split(".")
-    if not equals or len(parts) < 2 or not all(parts):
+    whole_section = len(parts) == 1 and text.startswith("{")
+    if not equals or not all(parts) or (len(parts) < 2 and not whole_section):
         raise UserError(f"override {override!r} is not of the form section.key=value")
     target = values
     for part in parts[:-1]:

@@ -89,7 +89,11 @@ def write_report(folders: Iterable[Path], out: Path) -> None:
     """Write the page about the runs in `folders` to `out`, at once."""
     runs = [read_run(folder, COLOURS[i % len(COLOURS)]) for i, folder in enumerate(folders)]
     sections = [
-        ("Losses", "Training (line) and validation (dots) over tokens.", picture(runs, draw_losses, (11, 6.4))),
+        (
+            "Losses",
+            "Training (each step pale, its running mean dark) and validation (dots) over tokens.",
+            picture(runs, draw_losses, (11, 6.4)),
+        ),
         ("Speed and steadiness", "", picture(runs, draw_speed, (11, 3.1))),
     ]
     if any("perplexity" in run.evaluation for run in runs):
@@ -153,13 +157,24 @@ def draw_losses(figure: Figure, runs: list[Run]) -> None:
         axes = figure.add_subplot((len(present) + 1) // 2, 2 if len(present) > 1 else 1, index + 1)
         title, unit = LOSS_TERMS[key]
         for run in runs:
-            axes.plot(*run.curve(key), color=run.colour, linewidth=1.2, alpha=0.85, label=run.name)
+            tokens, values = run.curve(key)
+            axes.plot(tokens, values, color=run.colour, linewidth=0.8, alpha=0.3)
+            axes.plot(tokens, smoothed(values), color=run.colour, linewidth=1.6, label=run.name)
             axes.plot(*run.curve(f"val_{key}"), "o", color=run.colour, markersize=5, markeredgecolor="white")
         _dress(axes, title, unit)
         if key != "loss_next_latent":
             axes.set_ylim(bottom=0)
     if len(runs) > 1:
         figure.axes[0].legend(frameon=False)
+
+
+def smoothed(values: list[float], steps: float = 20.0) -> list[float]:
+    """Running mean that forgets over about so many steps, without bias at the beginning."""
+    result, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = total * (1 - 1 / steps) + value, weight * (1 - 1 / steps) + 1.0
+        result.append(total / weight)
+    return result
 
 
 def draw_speed(figure: Figure, runs: list[Run]) -> None:

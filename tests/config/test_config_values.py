@@ -199,3 +199,9 @@ def test_ranks_that_do_not_fit_are_refused_with_the_numbers_and_a_multiple_that_
 def test_the_run_folder_is_dir_and_name(tmp_path: Path):
     assert load(tmp_path, "run.dir=elsewhere").run.folder == Path("elsewhere/test")
     assert math.isclose(load(tmp_path).optimizer.learning_rate, 3e-4)
+
+
+def test_an_override_replaces_a_whole_section(tmp_path: Path):
+    path = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    config = load_config(path, ["objective={name: next_token}"])
+    assert config.objective.model_dump() == {"name": "next_token"}

@@ -147,12 +147,18 @@ def _start_wandb(config: Config) -> Any:
     id_file = config.run.folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    return wandb.init(
-        project=config.metrics.wandb_project,
-        name=config.run.name,
-        id=id_file.read_text(encoding="utf-8"),
-        resume="allow",
-        mode=config.metrics.wandb,
-        dir=str(config.run.folder),
-        config=config.model_dump(mode="json"),
-    )
+    try:
+        return wandb.init(
+            project=config.metrics.wandb_project,
+            name=config.run.name,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            mode=config.metrics.wandb,
+            dir=str(config.run.folder),
+            config=config.model_dump(mode="json"),
+        )
+    except wandb.errors.Error as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"metrics.wandb={config.metrics.wandb}: {reason}; run `wandb login`, or set metrics.wandb=offline"
+        ) from None

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_run_config
 from launch import read_metrics, run_many
+from run_configs import write_run_config
 
 from data_pipeline import UserError
 from pretrain.checkpoints import open_checkpoint

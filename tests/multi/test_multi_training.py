@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_run_config
 from launch import read_metrics, run_many, without_times
+from run_configs import write_run_config
 
 from pretrain.checkpoints import open_checkpoint
 

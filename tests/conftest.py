@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from run_configs import write_run_config
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# A shell starts background jobs with SIGINT ignored, and children would inherit that: tests that interrupt them need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXTS = [
     "argparse.py",

@@ -48,7 +48,7 @@ def test_dynamics_of_another_width_start_fresh(folder: Path) -> None:
     name = "trunk.layers.0.mlp.up_proj.weight"
     torch.testing.assert_close(continued.weight(name), source.weight(name), rtol=0, atol=1e-8)
     assert continued.weight("objective.dynamics.input.weight").shape[0] == 128
-    std = float(continued.weight("objective.dynamics.input.weight").std())
+    std = continued.weight("objective.dynamics.input.weight").std().item()
     assert std == pytest.approx(0.02, rel=0.1)
 
 

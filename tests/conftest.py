@@ -12,7 +12,7 @@ import pytest
 from run_configs import write_run_config
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# A shell starts background jobs with SIGINT ignored, and children would inherit that: tests that interrupt them need it.
+# A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt them need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXTS = [

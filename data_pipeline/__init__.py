@@ -2,7 +2,9 @@
 
 from data_pipeline.errors import UserError, run_command
 from data_pipeline.packing import Batch
-from data_pipeline.shards import Dataset, Split, open_dataset
+from data_pipeline.shards import Dataset, open_dataset
+from data_pipeline.sources import open_mixture
+from data_pipeline.splits import Split
 from data_pipeline.stream import Stream, validation_batches
 from data_pipeline.tokenizers import Tokenizer, load_tokenizer
 
@@ -15,6 +17,7 @@ __all__ = [
     "UserError",
     "load_tokenizer",
     "open_dataset",
+    "open_mixture",
     "run_command",
     "validation_batches",
 ]

@@ -17,8 +17,9 @@ import sysconfig
 import tokenize
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import fsspec
 
 from data_pipeline.errors import UserError
 
-FOLDER_SUFFIXES = (".txt", ".jsonl", ".parquet")
+FOLDER_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
 
 
@@ -34,12 +35,13 @@ class Document(NamedTuple):
     """A text and where it comes from.
 
     name: for messages. text: never empty where a Source gives it. source_bytes: bytes of the source read to
-    get it.
+    get it. language: what the source says it is, if anything.
     """
 
     name: str
     text: str
     source_bytes: int
+    language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,30 +49,39 @@ class Source:
     """Documents in a fixed order. Reading counts what it skips, by reason, in the Counter it is given.
 
     identity: what the documents depend on, as far as can be told without reading them. total_bytes: the sum
-    of source_bytes to come, where known.
+    of source_bytes to come, where known. root: what every document's name begins with and need not be kept.
     """
 
     identity: str
     total_bytes: int | None
     read: Callable[[Counter[str]], Iterator[Document]]
+    root: str = ""
 
 
-def open_source(spec: str, field: str = "text") -> Source:
+@dataclass(frozen=True)
+class Fields:
+    """How records are read. text, language: the fields that hold them. skip_invalid: leave out and count records
+    that are not text, in place of an error."""
+
+    text: str = "text"
+    language: str | None = None
+    skip_invalid: bool = False
+
+
+def open_source(spec: str, fields: Fields = Fields()) -> Source:
     """A source by its name: `stdlib`, `hub:NAME[:CONFIG[:SPLIT]]`, a path, glob or URL of files or a folder.
 
-    field: which field of JSONL, Parquet and hub records holds the text. Raises UserError if there is no such
-    source; reading it raises UserError for a document that is not text.
+    fields: of JSONL, Parquet, Arrow and hub records. Raises UserError if there is no such source; reading it
+    raises UserError for a document that is not text.
     """
     kind, _, rest = spec.partition(":")
     if spec == "stdlib":
         return _standard_library()
     if kind == "hub":
-        return _hub(rest, field)
+        return _hub(rest, fields)
     if kind == "task":
-        raise UserError(
-            f"source {spec}: no such task exists: give stdlib, a path or URL of text files, or hub:NAME"
-        )
-    return _files(spec, field)
+        raise UserError(f"source {spec}: no such task exists: give stdlib, a path or URL of text files, or hub:NAME")
+    return _files(spec, fields)
 
 
 def _identity(*parts: object) -> str:
@@ -84,15 +95,11 @@ def _standard_library() -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [
-            name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__")
-        ]
+        folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__")]
         files += [Path(folder, name).relative_to(root) for name in names if name.endswith(".py")]
     names = sorted(file.as_posix() for file in files)
     if not names:
-        raise UserError(
-            f"source stdlib: {sys.executable} has no .py files under {root}: use another interpreter"
-        )
+        raise UserError(f"source stdlib: {sys.executable} has no .py files under {root}: use another interpreter")
     sizes = [(root / name).stat().st_size for name in names]
 
     def read(skipped: Counter[str]) -> Iterator[Document]:
@@ -114,18 +121,14 @@ def _standard_library() -> Source:
 # ---- files
 
 
-def _files(spec: str, field: str) -> Source:
+def _files(spec: str, fields: Fields) -> Source:
     try:
         fs, path = fsspec.core.url_to_fs(spec)
         listing = _list(fs, spec, path)
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is missing
-        raise UserError(
-            f"source {spec}: {error}: give stdlib, a path or URL of text files, or hub:NAME"
-        ) from error
+        raise UserError(f"source {spec}: {error}: give stdlib, a path or URL of text files, or hub:NAME") from error
     except OSError as error:
-        raise UserError(
-            f"source {spec}: cannot be read ({error.strerror or error}): check its permissions"
-        ) from error
+        raise UserError(f"source {spec}: cannot be read ({error.strerror or error}): check its permissions") from error
     if not listing:
         raise UserError(
             f"source {spec}: nothing found: give an existing file, a glob that matches, or a folder of "
@@ -134,9 +137,12 @@ def _files(spec: str, field: str) -> Source:
 
     def read(skipped: Counter[str]) -> Iterator[Document]:
         for file, size in listing.items():
-            yield from _read_file(fs, file, size, field, skipped)
+            yield from _read_file(fs, file, size, fields, skipped)
 
-    return Source(_identity("files", field, list(listing.items())), sum(listing.values()), read)
+    parts = fields.text if fields == Fields(fields.text) else asdict(fields)
+    root = os.path.commonpath([os.path.dirname(name) for name in listing])  # noqa: PTH120, URLs too
+    identity = _identity("files", parts, list(listing.items()))
+    return Source(identity, sum(listing.values()), read, root and root.rstrip("/") + "/")
 
 
 def _list(fs: Any, spec: str, path: str) -> dict[str, int]:
@@ -171,19 +177,34 @@ def _kind(name: str) -> tuple[str, str]:
     return suffixes[-1], ""
 
 
-def _read_file(fs: Any, name: str, size: int, field: str, skipped: Counter[str]) -> Iterator[Document]:
+def _read_file(fs: Any, name: str, size: int, fields: Fields, skipped: Counter[str]) -> Iterator[Document]:
     kind, compression = _kind(name)
-    read = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(kind, _read_text)
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".arrow": _read_arrow}
     try:
         with fs.open(name, "rb") as raw:
-            for document in read(_decompress(raw, compression), raw, name, size, field):
-                if document.text:
-                    _check_unicode(document)
-                    yield document
-                else:
-                    skipped["empty"] += 1
+            file = _decompress(raw, compression)
+            if kind in readers:
+                yield from readers[kind](file, raw, name, size, fields, skipped)
+            else:
+                yield from _checked(lambda: _read_text(file.read(), name, size), fields, skipped)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{name}: cannot be read ({error}): restore the file or leave it out") from error
+
+
+def _checked(make: Callable[[], Document], fields: Fields, skipped: Counter[str]) -> Iterator[Document]:
+    """The document that `make` gives, unless it is empty or, where that is to be skipped, no text."""
+    try:
+        document = make()
+        _check_unicode(document)
+    except UserError:
+        if not fields.skip_invalid:
+            raise
+        skipped["invalid"] += 1
+        return
+    if document.text:
+        yield document
+    else:
+        skipped["empty"] += 1
 
 
 def _decompress(raw: Any, compression: str) -> Any:
@@ -206,11 +227,10 @@ def _check_unicode(document: Document) -> None:
         ) from error
 
 
-def _read_text(file: Any, raw: Any, name: str, size: int, field: str) -> Iterator[Document]:
-    content: bytes = file.read()
+def _read_text(content: bytes, name: str, size: int) -> Document:
     if (offset := content.find(b"\0")) >= 0:
         raise UserError(f"{name}: NUL byte at byte {offset}, not a text file: leave it out of the source")
-    yield Document(name, _decode(content, name, 0), size)
+    return Document(name, _decode(content, name, 0), size)
 
 
 def _decode(content: bytes, name: str, offset: int) -> str:
@@ -222,63 +242,98 @@ def _decode(content: bytes, name: str, offset: int) -> str:
         ) from error
 
 
-def _read_jsonl(file: Any, raw: Any, name: str, size: int, field: str) -> Iterator[Document]:
+def _read_jsonl(file: Any, raw: Any, name: str, size: int, fields: Fields, skipped: Counter[str]) -> Iterator[Document]:
     offset = seen = 0
     for number, line in enumerate(file, 1):
-        text = _decode(line, name, offset)
-        offset += len(line)
-        if not text.strip():
-            continue
-        where = f"{name}:{number}"
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error}): mend or remove the line") from error
         position = raw.tell()  # of the file itself, so that compressed files report progress too
-        yield Document(where, _text_of(record, field, where), position - seen)
-        seen = position
+        make = partial(_parse_line, line, name, number, offset, fields, position - seen)
+        if line.strip():
+            yield from _checked(make, fields, skipped)
+            seen = position
+        offset += len(line)
 
 
-def _read_parquet(file: Any, raw: Any, name: str, size: int, field: str) -> Iterator[Document]:
+def _parse_line(line: bytes, name: str, number: int, offset: int, fields: Fields, size: int) -> Document:
+    where = f"{name}:{number}"
+    try:
+        record = json.loads(_decode(line, name, offset))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}): mend or remove the line") from error
+    return _record(record, where, size, fields)
+
+
+def _read_parquet(
+    file: Any, raw: Any, name: str, size: int, fields: Fields, skipped: Counter[str]
+) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        if field not in table.schema_arrow.names:
-            raise UserError(_no_field(name, field, table.schema_arrow.names))
-        number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[field]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                where = f"{name} row {number}"
-                yield Document(where, _text_of({field: text}, field, where), size // table.metadata.num_rows)
+        columns = _columns(name, fields, table.schema_arrow.names)
+        batches = table.iter_batches(batch_size=1024, columns=columns)
+        yield from _read_rows(batches, name, size // max(1, table.metadata.num_rows), fields, skipped)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{name}: not a Parquet file ({error}): restore the file or leave it out") from error
 
 
-def _text_of(record: Any, field: str, where: str) -> str:
-    """A record's text, empty for null. Raises UserError if the field is missing or no text."""
+def _read_arrow(file: Any, raw: Any, name: str, size: int, fields: Fields, skipped: Counter[str]) -> Iterator[Document]:
+    """Arrow's stream format, which `datasets` writes, or its file format."""
+    import pyarrow
+
+    try:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+        columns = _columns(name, fields, reader.schema.names)
+        batches = (reader.get_batch(n) for n in range(reader.num_record_batches)) if is_file else reader
+        yield from _read_rows((batch.select(columns) for batch in batches), name, 0, fields, skipped)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{name}: not an Arrow file ({error}): restore the file or leave it out") from error
+
+
+def _columns(name: str, fields: Fields, names: list[str]) -> list[str]:
+    columns = [field for field in (fields.text, fields.language) if field is not None]
+    for field in columns:
+        if field not in names:
+            raise UserError(_no_field(name, field, names))
+    return columns
+
+
+def _read_rows(
+    batches: Iterable[Any], name: str, size: int, fields: Fields, skipped: Counter[str]
+) -> Iterator[Document]:
+    """Documents of Arrow record batches; size: bytes of the source for each row."""
+    number = 0
+    for batch in batches:
+        for record in batch.to_pylist():
+            number += 1
+            yield from _checked(partial(_record, record, f"{name} row {number}", size, fields), fields, skipped)
+
+
+def _record(record: Any, where: str, size: int, fields: Fields) -> Document:
+    """A record's document, its text empty for null. Raises UserError if a field is missing or no text."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a record with fields: each line must be one JSON object")
-    if field not in record:
-        raise UserError(_no_field(where, field, list(record)))
-    text = record[field]
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: field {field!r} is not text: name another with --field")
-    return text or ""
+    values: list[str | None] = []
+    for field in (fields.text, fields.language):
+        if field is not None and field not in record:
+            raise UserError(_no_field(where, field, list(record)))
+        value = record[field] if field is not None else None
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where}: field {field!r} is not text: name another with --field")
+        values.append(value)
+    return Document(where, values[0] or "", size, values[1])
 
 
 def _no_field(where: str, field: str, fields: list[str]) -> str:
-    return (
-        f"{where}: no field {field!r}, it has {', '.join(map(repr, fields)) or 'none'}: name one with --field"
-    )
+    return f"{where}: no field {field!r}, it has {', '.join(map(repr, fields)) or 'none'}: name one with --field"
 
 
 # ---- the hub
 
 
-def _hub(spec: str, field: str) -> Source:
+def _hub(spec: str, fields: Fields) -> Source:
     name, config, split = [*spec.split(":"), "", ""][:3]
     if not name or spec.count(":") > 2:
         raise UserError(f"source hub:{spec}: write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
@@ -290,16 +345,9 @@ def _hub(spec: str, field: str) -> Source:
         try:
             records = datasets.load_dataset(name, config or None, split=split, streaming=True)
             for number, record in enumerate(records, 1):
-                where = f"hub:{spec} row {number}"
-                document = Document(where, _text_of(record, field, where), 0)
-                if document.text:
-                    _check_unicode(document)
-                    yield document
-                else:
-                    skipped["empty"] += 1
+                yield from _checked(partial(_record, record, f"hub:{spec} row {number}", 0, fields), fields, skipped)
         except (OSError, ValueError) as error:  # no network, no such data set, config or split
-            raise UserError(
-                f"source hub:{spec}: {error}: check the name, config, split and network"
-            ) from error
+            raise UserError(f"source hub:{spec}: {error}: check the name, config, split and network") from error
 
-    return Source(_identity("hub", name, config, split, field), None, read)
+    parts = fields.text if fields == Fields(fields.text) else asdict(fields)
+    return Source(_identity("hub", name, config, split, parts), None, read, f"hub:{spec} ")

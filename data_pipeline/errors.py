@@ -35,9 +35,7 @@ def run_command(main: Callable[[list[str] | None], None]) -> NoReturn:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        _fail(
-            f"the disk that holds {error.filename or 'the output'} is full: free space there and run again", 2
-        )
+        _fail(f"the disk that holds {error.filename or 'the output'} is full: free space there and run again", 2)
     sys.exit(0)
 
 

@@ -6,10 +6,15 @@ and positions come from that index, never from looking for EOS among the tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+# Makes an array of a shape and type; the trainer may give one that makes page-locked ("pinned") memory.
+Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,28 @@ class Segments:
     skipped: NDArray[np.int64]
 
 
-def find_segments(document_starts: NDArray[np.int64], starts: NDArray[np.int64], length: int) -> Segments:
-    """Cut the windows [s, s + length) of the stream, one for each s in `starts` (B,), at document borders.
+class Documents(Protocol):
+    """Where documents lie in a stream; a Split is one. Arrays in, int64 arrays of the same shape out."""
 
-    document_starts: (D,) sorted stream offsets, the first of them 0.
-    """
-    first = np.searchsorted(document_starts, starts, side="right") - 1
-    last = np.searchsorted(document_starts, starts + (length - 1), side="right") - 1
+    def document_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The document that each place lies in."""
+
+    def document_start(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where each document begins."""
+
+    def prompt_length(self, documents: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Tokens of each document, after its EOS, that are never targets; None if there are no such tokens."""
+
+
+def find_segments(documents: Documents, starts: NDArray[np.int64], length: int) -> Segments:
+    """Cut the windows [s, s + length) of the stream, one for each s in `starts` (B,), at document borders."""
+    first = documents.document_at(starts)
+    last = documents.document_at(starts + (length - 1))
     counts = last - first + 1
     row = np.repeat(np.arange(len(starts)), counts)
     within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
     document = first[row] + within
-    document_start = np.asarray(document_starts[document])
+    document_start = documents.document_start(document)
     piece_start = np.maximum(document_start, starts[row])
     begin = piece_start - starts[row] + row * length
     lengths = np.diff(begin, append=len(starts) * length)
@@ -69,27 +84,57 @@ def find_segments(document_starts: NDArray[np.int64], starts: NDArray[np.int64],
 
 
 def pack(
-    tokens: NDArray[np.int64],
-    document_starts: NDArray[np.int64],
-    starts: NDArray[np.int64],
-    prompt_lengths: NDArray[np.uint32] | None = None,
+    tokens: NDArray[np.int64], documents: Documents, starts: NDArray[np.int64], allocate: Allocate = np.empty
 ) -> Batch:
-    """The batch of windows that begin at the stream offsets `starts` (B,) and hold `tokens` (B, T+1).
+    """The batch of windows that begin at the stream offsets `starts` (B,) and hold `tokens` (B, T+1)."""
+    return lay_out(tokens, find_segments(documents, starts, tokens.shape[1]), documents, allocate)
 
-    prompt_lengths: (D,) tokens of each document, after its EOS, that are given and never targets.
-    """
-    rows, length = tokens.shape
-    pieces = find_segments(document_starts, starts, length)
-    document_ids = np.repeat(pieces.within.astype(np.int32), pieces.length)
-    positions = np.arange(rows * length, dtype=np.int32)
-    positions -= np.repeat(pieces.begin.astype(np.int32), pieces.length)
-    mask = np.ones(rows * length, dtype=np.bool_)
-    if prompt_lengths is not None:
-        prompt = prompt_lengths[pieces.document].astype(np.int64)
-        offset = positions + np.repeat(pieces.skipped, pieces.length)
-        mask = (offset == 0) | (offset > np.repeat(prompt, pieces.length))
-    shape = (rows, length)
-    return Batch(tokens, document_ids.reshape(shape), positions.reshape(shape), mask.reshape(shape))
+
+def lay_out(tokens: NDArray[np.int64], pieces: Segments, documents: Documents, allocate: Allocate = np.empty) -> Batch:
+    """The batch of `tokens` (B, T+1) that consist of the pieces. allocate: np.empty or what stands in for it."""
+    shape, size = tokens.shape, tokens.size
+    ids, positions = allocate(shape, np.int32), allocate(shape, np.int32)
+    mask = allocate(shape, np.bool_)
+    # np.repeat copies a value many times at memory speed, so two repeats cost less than one cumulative sum.
+    ids.reshape(-1)[:] = np.repeat(pieces.within.astype(np.int32), pieces.length)
+    begin = np.repeat(pieces.begin.astype(np.int32), pieces.length)
+    np.subtract(np.arange(size, dtype=np.int32), begin, out=positions.reshape(-1))
+    prompt = documents.prompt_length(pieces.document)
+    if prompt is None:
+        mask[...] = True
+    else:
+        offset = positions.reshape(-1) + np.repeat(pieces.skipped, pieces.length)
+        mask.reshape(-1)[:] = (offset == 0) | (offset > np.repeat(prompt, pieces.length))
+    return Batch(tokens, ids, positions, mask)
+
+
+def as_one_document(tokens: NDArray[np.int64], allocate: Allocate = np.empty) -> Batch:
+    """The batch of `tokens` (B, T+1) whose rows are each one document, whatever they hold."""
+    ids, positions = allocate(tokens.shape, np.int32), allocate(tokens.shape, np.int32)
+    mask = allocate(tokens.shape, np.bool_)
+    ids[...], mask[...] = 0, True
+    positions[...] = np.arange(tokens.shape[1], dtype=np.int32)
+    return Batch(tokens, ids, positions, mask)
+
+
+def scatter(batch: Batch, rows: NDArray[np.int64], total: int, allocate: Allocate = np.empty) -> Batch:
+    """A batch of `total` rows whose given rows are the batch's; the others are padding."""
+    empty = Batch(*(allocate((total, array.shape[1]), array.dtype) for array in arrays(batch)))
+    for target, source, padding in zip(arrays(empty), arrays(batch), (0, -1, 0, False), strict=True):
+        if len(rows) < total:
+            target[...] = padding
+        target[rows] = source
+    return empty
+
+
+def arrays(batch: Batch) -> tuple[NDArray[Any], ...]:
+    """The batch's four arrays, in the order of its fields."""
+    return batch.tokens, batch.document_ids, batch.positions, batch.target_mask
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """The rows of all the batches."""
+    return Batch(*(np.concatenate(parts) for parts in zip(*map(arrays, batches), strict=True)))
 
 
 def pad(batch: Batch, rows: int, length: int) -> Batch:

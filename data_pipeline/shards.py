@@ -7,6 +7,7 @@ DIR/{train,validation}/
                               [EOS, tokens…]
     00000.documents           int64: where each document begins in the shard, at its EOS
     00000.prompts             optional, uint32: tokens of each document, after its EOS, that are never targets
+    00000.names               optional, text: a line for each document, where it comes from
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.damage import checksums
 from data_pipeline.errors import FULL_DISK, UserError
+from data_pipeline.splits import OPEN_FILES, OpenFile, Split, open_in
 from data_pipeline.tokenizers import Tokenizer, load_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 
@@ -41,7 +42,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def write_file(path: Path, data: bytes | memoryview) -> dict[str, Any]:
-    """Write a file so that it is whole or absent whatever happens; returns {"bytes", "sha256"}.
+    """Write a file so that it is whole or absent whatever happens; returns its checksums.
 
     Raises UserError when the disk is full.
     """
@@ -62,7 +63,7 @@ def write_file(path: Path, data: bytes | memoryview) -> dict[str, Any]:
             ) from error
         raise
     _flush_folder(path.parent)
-    return {"bytes": len(memoryview(data).cast("B")), "sha256": hashlib.sha256(data).hexdigest()}
+    return checksums(data)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -75,7 +76,11 @@ def _flush_folder(folder: Path) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON as write_file does: whole or absent."""
-    write_file(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+    write_file(path, _json_bytes(content))
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 def write_shard(
@@ -87,20 +92,24 @@ def write_shard(
     prompt_lengths: NDArray[np.uint32] | None = None,
     *,
     text_bytes: int,
+    names: list[str] | None = None,
 ) -> dict[str, Any]:
     """Write one shard of a split below `folder`; returns its entry for the manifest.
 
     tokens: (N,) of token_dtype, each document opened by EOS. document_starts: (D,) offsets into tokens.
-    prompt_lengths: (D,) or None. text_bytes: UTF-8 bytes of the documents' text. Raises UserError on a full
-    disk.
+    prompt_lengths: (D,) or None. text_bytes: UTF-8 bytes of the documents' text. names: where each document comes
+    from, a line each. Raises UserError on a full disk.
     """
     parts: dict[str, NDArray[Any]] = {"tokens": tokens, "documents": document_starts.astype("<i8")}
     if prompt_lengths is not None:
         parts["prompts"] = prompt_lengths.astype("<u4")
+    contents = {kind: np.ascontiguousarray(array).tobytes() for kind, array in parts.items()}
+    if names is not None:
+        contents["names"] = "".join(f"{name}\n" for name in names).encode()
     files = {}
-    for kind, array in parts.items():
+    for kind, content in contents.items():
         name = f"{split}/{number:05d}.{kind}"
-        files[kind] = {"file": name} | write_file(folder / name, np.ascontiguousarray(array).data)
+        files[kind] = {"file": name} | write_file(folder / name, content)
     return {
         "documents": len(document_starts),
         "tokens": len(tokens),
@@ -130,100 +139,48 @@ def write_manifest(
         },
         "splits": splits,
     }
-    write_json(folder / MANIFEST, manifest | provenance | {"fingerprint": fingerprint(manifest)})
+    manifest |= provenance | {"fingerprint": fingerprint(manifest)}
+    write_json(folder / MANIFEST, manifest | {"sha256": manifest_sha256(manifest)})
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """sha256 of what determines the data in a manifest: format, type, tokenizer, shards' counts and sums."""
-    content = {key: manifest[key] for key in ("format", "dtype", "tokenizer", "splits")}
+    """sha256 of what determines the data in a manifest: format, type, tokenizer, shards' counts and sums.
+
+    Where documents come from does not.
+    """
+    content = {key: manifest[key] for key in ("format", "dtype", "tokenizer")}
+    content["splits"] = {
+        name: split | {"shards": list(map(_unnamed, split["shards"]))} for name, split in manifest["splits"].items()
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _unnamed(shard: Mapping[str, Any]) -> dict[str, Any]:
+    return {**shard, "files": {kind: entry for kind, entry in shard["files"].items() if kind != "names"}}
+
+
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """sha256 of everything that a manifest says but this sum itself."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # ---- reading
 
 
 @dataclass(frozen=True)
-class Split:
-    """One split of a data set: a stream of tokens that runs through its shards, read in place.
-
-    tokens, documents, text_bytes: totals; text_bytes counts the UTF-8 bytes of the source text.
-    """
-
-    name: str
-    folder: Path
-    dtype: np.dtype[Any]
-    tokens: int
-    documents: int
-    text_bytes: int
-    shards: tuple[dict[str, Any], ...]
-
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens start … stop−1 of the stream, (stop − start,) of the type on disk; a view within one shard.
-
-        Raises IndexError outside 0 … tokens.
-        """
-        if not 0 <= start <= stop <= self.tokens:
-            raise IndexError(f"tokens {start} … {stop} of a split of {self.tokens}")
-        shard = max(bisect_right(self._offsets, start) - 1, 0)
-        if shard < len(self.shards) and stop <= self._offsets[shard + 1]:
-            return self._maps[shard][start - self._offsets[shard] : stop - self._offsets[shard]]
-        parts = []
-        while start < stop:
-            end = min(stop, self._offsets[shard + 1])
-            parts.append(self._maps[shard][start - self._offsets[shard] : end - self._offsets[shard]])
-            start, shard = end, shard + 1
-        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
-
-    @cached_property
-    def document_starts(self) -> NDArray[np.int64]:
-        """Where each document begins in the stream, at its EOS: (documents,) int64, sorted."""
-        parts = [_map(self.folder, shard, "documents", "<i8") for shard in self.shards]
-        if len(parts) == 1:
-            return parts[0]
-        moved = [part + offset for part, offset in zip(parts, self._offsets, strict=False)]
-        return np.concatenate(moved) if moved else np.empty(0, np.int64)
-
-    @cached_property
-    def prompt_lengths(self) -> NDArray[np.uint32] | None:
-        """Tokens of each document, after its EOS, that are given: (documents,) uint32; None if unrecorded."""
-        if not any("prompts" in shard["files"] for shard in self.shards):
-            return None
-        return np.concatenate(
-            [
-                _map(self.folder, shard, "prompts", "<u4")
-                if "prompts" in shard["files"]
-                else np.zeros(shard["documents"], np.uint32)
-                for shard in self.shards
-            ]
-        )
-
-    @cached_property
-    def _offsets(self) -> list[int]:
-        """Where each shard begins in the stream, and the stream's end."""
-        return [0, *np.cumsum([shard["tokens"] for shard in self.shards], dtype=np.int64).tolist()]
-
-    @cached_property
-    def _maps(self) -> list[NDArray[Any]]:
-        return [_map(self.folder, shard, "tokens", self.dtype) for shard in self.shards]
-
-
-def _map(folder: Path, shard: Mapping[str, Any], kind: str, dtype: str | np.dtype[Any]) -> NDArray[Any]:
-    path = folder / shard["files"][kind]["file"]
-    try:
-        # A plain array over the mapping: np.memmap's own slicing is several times slower.
-        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}): prepare the data set again or restore the file"
-        ) from error
-
-
-@dataclass(frozen=True)
 class Dataset:
-    """An opened data set; manifest is the whole of manifest.json."""
+    """An opened data set; manifest is the whole of manifest.json.
+
+    path: its folder; of a remote one, where its manifest and tokenizer are kept. open_file, open_files, remote: see
+    Split; None for the files in the folder.
+    """
 
     path: Path
     manifest: dict[str, Any]
+    open_file: OpenFile | None = field(default=None, repr=False, compare=False)
+    open_files: int = OPEN_FILES
+    remote: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -245,14 +202,18 @@ class Dataset:
         """sha256 of all that determines the data: type, tokenizer, counts and checksums of the shards."""
         return str(self.manifest["fingerprint"])
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it is another program's file, read in place; its documents need not open with EOS."""
+        return "foreign" in self.manifest
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens. Raises UserError if its file is not the one that did."""
         file = self.manifest["tokenizer"]["file"]
-        tokenizer = load_tokenizer("bytes" if file is None else self.path / file, eos_id=self.eos_id)
+        spec = self.manifest["tokenizer"].get("spec", "bytes" if file is None else self.path / file)
+        tokenizer = load_tokenizer(spec, eos_id=self.eos_id)
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
-            raise UserError(
-                f"{self.path / file}: not the tokenizer that made this data set: restore the original file"
-            )
+            raise UserError(f"{self.path / file}: not the tokenizer that made this data set: restore the original file")
         return tokenizer
 
     def split(self, name: str) -> Split:
@@ -266,6 +227,9 @@ class Dataset:
             documents=content["documents"],
             text_bytes=content["text_bytes"],
             shards=tuple(content["shards"]),
+            open_file=self.open_file or open_in(self.path),
+            open_files=self.open_files,
+            remote=self.remote,
         )
 
     def files(self) -> list[dict[str, Any]]:
@@ -274,20 +238,35 @@ class Dataset:
         return [entry for shard in shards for entry in shard["files"].values()]
 
 
-def open_dataset(path: str | os.PathLike[str]) -> Dataset:
+def open_dataset(
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+) -> Dataset:
     """Open a prepared data set: read its manifest, check that every file is there with its recorded size.
 
-    Raises UserError for a folder that is missing, no data set, unfinished, of another format, altered or
-    truncated.
+    path: a folder; an fsspec URL of one (s3://…), whose shards are then kept in the folder `cache`, at most
+    `cache_bytes` of them; or a .bin file of Megatron, nanoGPT or llm.c, whose tokens `tokenizer` made. Raises
+    UserError for what is missing, no data set, unfinished, of another format, altered or truncated.
     """
+    if str(path).endswith(".bin"):
+        from data_pipeline.foreign import open_foreign
+
+        return open_foreign(Path(path), tokenizer)
+    if tokenizer is not None:
+        raise UserError(f"{path}: a data set holds its own tokenizer: leave tokenizer out")
+    if "://" in str(path):
+        from data_pipeline.cache import open_remote
+
+        return open_remote(str(path), cache, cache_bytes)
     folder = Path(path)
     dataset = Dataset(folder, _read_manifest(folder))
     for entry in dataset.files():
         file = folder / entry["file"]
         if not file.is_file():
-            raise UserError(
-                f"{file}: missing from the data set: restore the file or prepare the data set again"
-            )
+            raise UserError(f"{file}: missing from the data set: restore the file or prepare the data set again")
         if (size := file.stat().st_size) != entry["bytes"]:
             raise UserError(
                 f"{file}: {size:,} bytes where the manifest records {entry['bytes']:,}: restore the file or "
@@ -301,23 +280,26 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such data set: make it with python -m data_pipeline.prepare --out {folder} …"
-        )
+        raise UserError(f"{folder}: no such data set: make it with python -m data_pipeline.prepare --out {folder} …")
     if not file.is_file():
         raise UserError(
             f"{folder}: not a finished data set, it has no {MANIFEST}: run its python -m "
             "data_pipeline.prepare command again, which goes on where it stopped"
         )
+    return parse_manifest(file.read_bytes(), str(file))
+
+
+def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
+    """A manifest from its file's bytes. Raises UserError unless it is of this format and unaltered."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(content)
         version = manifest["format"]
         if version == FORMAT and fingerprint(manifest) == manifest["fingerprint"]:
-            return dict(manifest)
+            if manifest_sha256(manifest) == manifest["sha256"] and content == _json_bytes(manifest):
+                return dict(manifest)
+            raise UserError(f"{name}: its content is not what was written: restore it or prepare again")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({error!r}): restore it or prepare the data set again") from error
+        raise UserError(f"{name}: damaged ({error!r}): restore it or prepare the data set again") from error
     if version != FORMAT:
-        raise UserError(
-            f"{file}: format {version}, this version reads format {FORMAT}: prepare the data set again"
-        )
-    raise UserError(f"{file}: its content does not match its own fingerprint: restore it or prepare again")
+        raise UserError(f"{name}: format {version}, this version reads format {FORMAT}: prepare the data set again")
+    raise UserError(f"{name}: its content does not match its own fingerprint: restore it or prepare again")

@@ -18,7 +18,11 @@ BYTES_EOS = 256
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
 # SentencePiece writes a space as this character, so that the character itself would come back as a space.
 SPACE_MARK = "\u2581"
+PIECE = 1 << 20  # characters of a document that are encoded at a time, to bound memory
 TRAINING_CHUNK = 2_000  # characters; SentencePiece drops sentences above max_sentence_length, in bytes
+
+
+EncodeBatch = Callable[[Sequence[str]], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Tokenizer:
     vocab_size: int
     eos_id: int
     fingerprint: str
-    encode_batch: Callable[[Sequence[str]], list[list[int]]]
+    encode_batch: EncodeBatch
     _decode: Callable[[list[int]], str]
 
     def encode(self, text: str) -> list[int]:
@@ -48,7 +52,8 @@ class Tokenizer:
 
 
 def load_tokenizer(spec: str | os.PathLike[str], *, eos_id: int | None = None) -> Tokenizer:
-    """Load `bytes`, a SentencePiece .model file or a Hugging Face .json file.
+    """Load `bytes`, a SentencePiece .model file, a Hugging Face .json file, or a folder that holds one of these or
+    GPT-2's vocab.json and merges.txt.
 
     eos_id: which token ends a text, where it is known and the file does not say. Raises UserError for
     anything else.
@@ -57,12 +62,10 @@ def load_tokenizer(spec: str | os.PathLike[str], *, eos_id: int | None = None) -
         return _bytes_tokenizer()
     path = Path(spec)
     loaders = {".model": _load_sentencepiece, ".json": _load_json}
-    if path.suffix not in loaders:
+    if path.suffix not in loaders and not path.is_dir():
         raise UserError(f"tokenizer {spec}: give a .model or .json file, train:sentencepiece:VOCAB, or bytes")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"tokenizer {path}: cannot be read ({error.strerror}): check the path") from error
+    name, content = tokenizer_file(path)
+    path = path / name if path.is_dir() else path
     return loaders[path.suffix](path, content, eos_id)
 
 
@@ -94,7 +97,7 @@ def _load_sentencepiece(path: Path, content: bytes, eos_id: int | None) -> Token
         vocab_size=model.get_piece_size(),
         eos_id=end,
         fingerprint=hashlib.sha256(content).hexdigest(),
-        encode_batch=lambda texts: _encode_sentencepiece(model, texts),
+        encode_batch=in_pieces(lambda texts: _encode_sentencepiece(model, texts)),
         _decode=model.decode,
     )
 
@@ -109,19 +112,78 @@ def _encode_sentencepiece(model: Any, texts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
+def in_pieces(encode: EncodeBatch) -> EncodeBatch:
+    """The same encoder with a bound on its memory: a long text is encoded in pieces, cut after a line's end.
+
+    A merge across a cut is missed, which decoding does not notice. A tokenizer that puts something before a text
+    (a space, say) is left alone.
+    """
+    try:
+        joined, apart = encode(["a\nb", "a b"]), encode(["a\n", "b", "a ", "b"])
+    except Exception:  # a vocabulary that lacks these characters
+        return encode
+    if joined[0] != apart[0] + apart[1]:
+        return encode
+
+    def encode_pieces(texts: Sequence[str]) -> list[list[int]]:
+        if all(len(text) <= PIECE for text in texts):
+            return encode(texts)
+        return [[token for piece in _cut(text) for token in encode([piece])[0]] for text in texts]
+
+    return encode_pieces
+
+
+def _cut(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE:
+        end = text.rfind("\n", start + PIECE // 2, start + PIECE) + 1 or start + PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def tokenizer_file(spec: str | os.PathLike[str]) -> tuple[str, bytes]:
+    """The name and content of the one file that a data set keeps of the tokenizer at a path.
+
+    Raises UserError if there is none.
+    """
+    path = Path(spec)
+    try:
+        if not path.is_dir():
+            return f"tokenizer{path.suffix}", path.read_bytes()
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (path / name).is_file():
+                return name, (path / name).read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer {path}: cannot be read ({error.strerror}): check the path") from error
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        return "tokenizer.json", gpt2_json(path / "vocab.json", path / "merges.txt")
+    raise UserError(f"tokenizer {path}: holds no tokenizer.json, .model, or vocab.json with merges.txt: give another")
+
+
+def gpt2_json(vocabulary: Path, merges: Path) -> bytes:
+    """The tokenizer.json of GPT-2's two files. Raises UserError for files that are not those."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    try:
+        model = ByteLevelBPETokenizer.from_file(str(vocabulary), str(merges), add_prefix_space=False)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"tokenizer {vocabulary.parent}: not GPT-2's files ({error}): restore them") from error
+    for token in END_OF_TEXT:
+        if token in model.get_vocab():
+            model.add_special_tokens([token])
+    return str(model.to_str()).encode()
+
+
 def _load_json(path: Path, content: bytes, eos_id: int | None) -> Tokenizer:
     try:
         from tokenizers import Tokenizer as FastTokenizer
     except ImportError as error:
-        raise UserError(
-            f"tokenizer {path}: reading it needs the package tokenizers: pip install tokenizers"
-        ) from error
+        raise UserError(f"tokenizer {path}: reading it needs the package tokenizers: pip install tokenizers") from error
     try:
         model = FastTokenizer.from_str(content.decode())
     except Exception as error:  # the library raises bare Exception
-        raise UserError(
-            f"tokenizer {path}: not a Hugging Face tokenizer file: give its tokenizer.json"
-        ) from error
+        raise UserError(f"tokenizer {path}: not a Hugging Face tokenizer file: give its tokenizer.json") from error
     model.no_truncation()
     model.no_padding()
     model.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not an end
@@ -132,9 +194,9 @@ def _load_json(path: Path, content: bytes, eos_id: int | None) -> Tokenizer:
         vocab_size=max(vocabulary.values()) + 1,
         eos_id=_json_eos(path, vocabulary) if eos_id is None else eos_id,
         fingerprint=hashlib.sha256(content).hexdigest(),
-        encode_batch=lambda texts: [
-            e.ids for e in model.encode_batch_fast(list(texts), add_special_tokens=False)
-        ],
+        encode_batch=in_pieces(
+            lambda texts: [e.ids for e in model.encode_batch_fast(list(texts), add_special_tokens=False)]
+        ),
         _decode=lambda ids: str(model.decode(ids, skip_special_tokens=True)),
     )
 

@@ -47,9 +47,7 @@ def make_dataset(tmp_path: Path) -> Callable[..., Dataset]:
             tokens = chance.integers(0, 256, sizes.sum()).astype(token_dtype(257))
             tokens[starts] = tokenizer.eos_id
             given = None if prompts is None else np.array(prompts, np.uint32)[share]
-            entries.append(
-                write_shard(folder, "train", number, tokens, starts, given, text_bytes=int(sizes.sum()))
-            )
+            entries.append(write_shard(folder, "train", number, tokens, starts, given, text_bytes=int(sizes.sum())))
         write_manifest(folder, tokenizer, {"train": entries})
         return open_dataset(folder)
 

@@ -23,9 +23,7 @@ def test_order_is_the_same_for_one_place_and_for_many() -> None:
     assert [int(order(7, 2, n, 1000)) for n in range(1000)] == whole.tolist()
     epochs = np.repeat([1, 2], 1000)
     mixed = order(7, epochs, np.tile(np.arange(1000), 2), 1000)
-    assert np.array_equal(mixed[1000:], whole) and np.array_equal(
-        mixed[:1000], order(7, 1, np.arange(1000), 1000)
-    )
+    assert np.array_equal(mixed[1000:], whole) and np.array_equal(mixed[:1000], order(7, 1, np.arange(1000), 1000))
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from data_helpers import DocumentList
 
 from data_pipeline.packing import Batch, find_segments, pack, pad
 from data_pipeline.shards import Dataset
@@ -33,8 +34,8 @@ def test_pack_equals_the_loop(seed: int) -> None:
     starts = np.array([chance.randint(0, sum(lengths) - length) for _ in range(12)])
     document_starts = np.cumsum([0, *lengths[:-1]])
     tokens = np.zeros((12, length), np.int64)
-    batch = pack(tokens, document_starts, starts, np.array(prompts, np.uint32))
-    plain = pack(tokens, document_starts, starts)
+    batch = pack(tokens, DocumentList(document_starts, np.array(prompts)), starts)
+    plain = pack(tokens, DocumentList(document_starts), starts)
     for row, start in enumerate(starts.tolist()):
         ids, positions, mask = reference(lengths, prompts, start, length)
         assert batch.document_ids[row].tolist() == plain.document_ids[row].tolist() == ids
@@ -44,14 +45,14 @@ def test_pack_equals_the_loop(seed: int) -> None:
 
 
 def test_types_are_as_promised() -> None:
-    for mask in (None, np.zeros(1, np.uint32)):
-        batch = pack(np.zeros((1, 4), np.int64), np.array([0]), np.array([0]), mask)
+    for prompts in (None, np.zeros(1, np.int64)):
+        batch = pack(np.zeros((1, 4), np.int64), DocumentList(np.array([0]), prompts), np.array([0]))
         assert batch.tokens.dtype == np.int64 and batch.target_mask.dtype == np.bool_
         assert batch.document_ids.dtype == batch.positions.dtype == np.int32
 
 
 def test_segments_name_documents_and_what_came_before() -> None:
-    pieces = find_segments(np.array([0, 4, 6]), np.array([1, 4]), 5)
+    pieces = find_segments(DocumentList(np.array([0, 4, 6])), np.array([1, 4]), 5)
     assert pieces.document.tolist() == [0, 1, 1, 2]
     assert pieces.length.tolist() == [3, 2, 2, 3]
     assert pieces.skipped.tolist() == [1, 0, 0, 0]
@@ -59,7 +60,7 @@ def test_segments_name_documents_and_what_came_before() -> None:
 
 
 def test_prompts_go_through_files_and_shards(make_dataset: Callable[..., Dataset]) -> None:
-    from data_pipeline.stream import read_windows
+    from data_pipeline.samples import read_windows
 
     dataset = make_dataset([5, 7, 3, 9], prompts=[2, 0, 1, 8], shards=2)
     batch = read_windows(dataset.split("train"), np.array([0, 10]), 12)
@@ -68,7 +69,7 @@ def test_prompts_go_through_files_and_shards(make_dataset: Callable[..., Dataset
 
 
 def test_rows_are_views_and_padding_is_marked() -> None:
-    batch = pack(np.arange(8).reshape(2, 4), np.array([0, 6]), np.array([0, 4]))
+    batch = pack(np.arange(8).reshape(2, 4), DocumentList(np.array([0, 6])), np.array([0, 4]))
     assert np.shares_memory(batch.rows(1, 2).tokens, batch.tokens)
     assert batch.rows(1, 2).document_ids.tolist() == [[0, 0, 1, 1]]
     padded: Batch = pad(batch, 3, 6)

@@ -47,9 +47,7 @@ def decoded(dataset: Dataset, name: str) -> list[str]:
 
 
 def make(source: Path | str, out: Path, tokenizer: str = "bytes", **options: Any) -> Dataset:
-    return prepare(
-        str(source), tokenizer, out, console=quiet(), **({"workers": 1, "validation": 0.2} | options)
-    )
+    return prepare(str(source), tokenizer, out, console=quiet(), **({"workers": 1, "validation": 0.2} | options))
 
 
 # ---- what is prepared
@@ -75,9 +73,7 @@ def test_bytes_do_not_depend_on_workers(corpus: Path, tmp_path: Path, tokenizer:
 
 
 def test_standard_library_comes_back_as_it_is(tmp_path: Path) -> None:
-    dataset = make(
-        "stdlib", tmp_path / "set", "train:sentencepiece:512", limit=60, workers=2, shard_bytes=200_000
-    )
+    dataset = make("stdlib", tmp_path / "set", "train:sentencepiece:512", limit=60, workers=2, shard_bytes=200_000)
     import sysconfig
     import tokenize
 
@@ -93,9 +89,7 @@ def test_standard_library_comes_back_as_it_is(tmp_path: Path) -> None:
 def test_prepare_runs_in_a_program_without_a_main_guard(corpus: Path, tmp_path: Path) -> None:
     call = f"prepare({str(corpus)!r}, 'bytes', {str(tmp_path / 'o')!r}, workers=2)"
     program = f"from data_pipeline.prepare import prepare\n{call}\n"
-    done = subprocess.run(
-        [sys.executable, "-"], input=program, text=True, capture_output=True, cwd=ROOT, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-"], input=program, text=True, capture_output=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0, done.stderr
     assert open_dataset(tmp_path / "o").split("train").tokens
 
@@ -104,12 +98,8 @@ def test_the_tokenizer_is_kept_with_the_data(corpus: Path, tmp_path: Path) -> No
     first = make(corpus, tmp_path / "a", "train:sentencepiece:300")
     second = make(corpus, tmp_path / "b", str(tmp_path / "a" / "tokenizer.model"))
     assert first.fingerprint == second.fingerprint and second.vocab_size == 300
-    assert (tmp_path / "b" / "tokenizer.model").read_bytes() == (
-        tmp_path / "a" / "tokenizer.model"
-    ).read_bytes()
-    (tmp_path / "b" / "tokenizer.model").write_bytes(
-        (tmp_path / "a" / "tokenizer.model").read_bytes() + b"\x00"
-    )
+    assert (tmp_path / "b" / "tokenizer.model").read_bytes() == (tmp_path / "a" / "tokenizer.model").read_bytes()
+    (tmp_path / "b" / "tokenizer.model").write_bytes((tmp_path / "a" / "tokenizer.model").read_bytes() + b"\x00")
     with pytest.raises(UserError):
         second.tokenizer()
 
@@ -187,18 +177,14 @@ def test_killed_halfway_and_started_again(tmp_path: Path) -> None:
         "train:sentencepiece:300",
     ]
     command += ["--workers", "2", "--shard-bytes", "150000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command, "--out", str(out)], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([sys.executable, "-m", *command, "--out", str(out)], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 50
     while len(list(out.glob(f"{WORK}/0*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = [json.loads(f.read_text()) for f in out.glob(f"{WORK}/0*.json")]
-    files = [
-        out / file["file"] for r in finished for s in r["shards"].values() for file in s["files"].values()
-    ]
+    files = [out / file["file"] for r in finished for s in r["shards"].values() for file in s["files"].values()]
     before = {file: file.stat().st_mtime_ns for file in files}
     assert len(finished) >= 3 and not (out / "manifest.json").exists()
     with pytest.raises(UserError, match="not a finished data set"):
@@ -207,16 +193,12 @@ def test_killed_halfway_and_started_again(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert {file: file.stat().st_mtime_ns for file in files} == before
     assert len(open_dataset(out).split("train").shards) > len(finished)
-    assert (
-        run(*command[:-4], "--workers", "1", *command[-2:], "--out", str(tmp_path / "whole")).returncode == 0
-    )
+    assert run(*command[:-4], "--workers", "1", *command[-2:], "--out", str(tmp_path / "whole")).returncode == 0
     assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_interrupted_with_ctrl_c(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text(
-        "".join(json.dumps({"text": t * 40}) + "\n" for t in make_texts(20_000))
-    )
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t * 40}) + "\n" for t in make_texts(20_000)))
     command = [sys.executable, "-m", "data_pipeline.prepare", "--source", str(tmp_path / "x.jsonl")]
     command += ["--tokenizer", "bytes", "--out", str(tmp_path / "o"), "--workers", "2"]
     process = subprocess.Popen(
@@ -351,10 +333,7 @@ def test_a_full_disk_while_writing_shards(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a finished data set"):
         open_dataset(out)
     assert run(*command).returncode == 0
-    assert (
-        open_dataset(out).fingerprint
-        == make(corpus, tmp_path / "p", validation=0.01, shard_bytes=9_000).fingerprint
-    )
+    assert open_dataset(out).fingerprint == make(corpus, tmp_path / "p", validation=0.01, shard_bytes=9_000).fingerprint
 
 
 def test_a_worker_that_dies(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,9 +495,7 @@ def test_types_on_disk_hold_a_large_vocabulary() -> None:
 
     from data_pipeline.workers import encode_documents
 
-    wide = replace(
-        load_tokenizer("bytes"), vocab_size=70_000, encode_batch=lambda texts: [[69_999] for _ in texts]
-    )
+    wide = replace(load_tokenizer("bytes"), vocab_size=70_000, encode_batch=lambda texts: [[69_999] for _ in texts])
     encoded = encode_documents(wide, ["x", "y"])
     assert encoded.tokens.dtype == np.uint32 and encoded.tokens.tolist() == [256, 69_999, 256, 69_999]
     assert encoded.document_starts.tolist() == [0, 2]

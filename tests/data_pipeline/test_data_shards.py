@@ -11,7 +11,14 @@ from data_helpers import quiet
 
 from data_pipeline import Dataset, UserError, open_dataset
 from data_pipeline.inspect import inspect
-from data_pipeline.shards import MANIFEST, token_dtype, write_manifest, write_shard
+from data_pipeline.shards import (
+    MANIFEST,
+    manifest_sha256,
+    token_dtype,
+    write_json,
+    write_manifest,
+    write_shard,
+)
 from data_pipeline.verify import verify
 
 
@@ -22,8 +29,8 @@ def copy(dataset: Dataset, tmp_path: Path) -> Path:
 
 
 def change(folder: Path, **entries: object) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | entries))
+    manifest = json.loads((folder / MANIFEST).read_text()) | entries
+    write_json(folder / MANIFEST, manifest | {"sha256": manifest_sha256(manifest)})
 
 
 def test_what_an_opened_data_set_says(dataset: Dataset) -> None:
@@ -32,9 +39,7 @@ def test_what_an_opened_data_set_says(dataset: Dataset) -> None:
     for name in ("train", "validation"):
         split = dataset.split(name)
         assert split.documents == len(split.document_starts) > 10
-        assert (
-            split.tokens == split.text_bytes + split.documents
-        )  # a byte is a token, and each document has an EOS
+        assert split.tokens == split.text_bytes + split.documents  # a byte is a token, and each document has an EOS
 
 
 @pytest.mark.parametrize(("vocab", "name"), [(257, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
@@ -77,13 +82,13 @@ def test_verify_passes_a_whole_set_and_names_any_flipped_bit(copy: Path) -> None
     files = [copy / entry["file"] for entry in verify(str(copy), quiet()).files()]
     assert len(files) > 8
     for number, file in enumerate(files):
-        content = bytearray(file.read_bytes())
+        whole = file.read_bytes()
+        content = bytearray(whole)
         place = (number * 7919) % len(content)
         content[place] ^= 1 << number % 8
-        whole = file.read_bytes()
         file.write_bytes(content)
         with pytest.raises(
-            UserError, match=f"{file.parent.name}/{file.name}: its content is not what was written"
+            UserError, match=f"{file.parent.name}/{file.name}: damaged between byte 0 and byte {len(whole):,}"
         ):
             verify(str(copy), quiet())
         file.write_bytes(whole)
@@ -116,6 +121,19 @@ def test_verify_checks_what_checksums_cannot(
         verify(str(tmp_path), quiet())
 
 
+def test_verify_wants_a_name_for_each_document(tmp_path: Path) -> None:
+    from data_pipeline import load_tokenizer
+
+    tokens = np.array([EOS, 1, EOS, 2], "<u2")
+    for names, whole in ((["a", "b"], True), (["a"], False)):
+        entry = write_shard(tmp_path, "train", 0, tokens, np.array([0, 2]), text_bytes=2, names=names)
+        write_manifest(tmp_path, load_tokenizer("bytes"), {"train": [entry]})
+        if whole:
+            verify(str(tmp_path), quiet())
+    with pytest.raises(UserError, match=r"00000\.names: not one line for each of 2 documents"):
+        verify(str(tmp_path), quiet())
+
+
 def test_fingerprint_is_of_the_data_alone(make_dataset: Callable[..., Dataset], tmp_path: Path) -> None:
     first = make_dataset([5, 6], shards=2).fingerprint
     change(tmp_path / "made", source="elsewhere", software={})
@@ -136,3 +154,19 @@ def test_inspect_shows_lengths_and_documents(dataset: Dataset) -> None:
     assert sum(int(count.replace(",", "")) for count in counts) == dataset.split("train").documents
     with pytest.raises(UserError, match="--sample"):
         inspect(str(dataset.path), samples=-1, console=console)
+
+
+def test_inspect_reports_what_packing_loses_and_pads(make_dataset: Callable[..., Dataset]) -> None:
+    from data_pipeline.best_fit import pack_split
+
+    dataset = make_dataset([10, 10, 5, 8])  # 33 tokens; windows of 10 begin at 0, 10 and 20
+    record = pack_split(dataset, "train", 15)
+    console = quiet()
+    console.width = 200
+    inspect(str(dataset.path), sequence_length=9, console=console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    [end_to_end] = [line for line in shown.splitlines() if "end to end" in line]
+    cells = [cell.strip() for cell in end_to_end.strip("│┃ ").split("│")]
+    assert cells == ["end to end", "9", "3", "5 (15.152%)", "none", "2"]
+    [best] = [line for line in shown.splitlines() if "best fit" in line]
+    assert f"{record['share_padded']:.3%}" in best

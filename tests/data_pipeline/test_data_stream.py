@@ -86,7 +86,7 @@ def test_documents_of_a_step_are_named(stream: Stream) -> None:
 
 @pytest.mark.parametrize("handover", [1, 4 * 65 * 3, 1 << 18])
 def test_prefetching_changes_nothing(stream: Stream, handover: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.stream.TOKENS_PER_HANDOVER", handover)
+    monkeypatch.setattr("data_pipeline.stream.TOKENS_PER_GROUP", handover)
     got = list(stream.batches(3, 20, rank=1, ranks=3))
     assert len(got) == 17
     for step, batch in enumerate(got, 3):
@@ -107,16 +107,16 @@ def test_closing_the_iterator_stops_its_thread(stream: Stream) -> None:
 
 
 def test_an_error_of_the_thread_reaches_the_consumer(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = Split.read
+    good = Split.windows
 
-    def read(self: Split, start: int, stop: int) -> Any:
-        if reads and next(reads, None) is None:
+    def windows(self: Split, *arguments: Any) -> None:
+        if next(reads, None) is None:
             raise UserError("a bad shard")
-        return good(self, start, stop)
+        good(self, *arguments)
 
-    reads = iter(range(5 * 12))
-    monkeypatch.setattr(Split, "read", read)
-    monkeypatch.setattr("data_pipeline.stream.TOKENS_PER_HANDOVER", 1)
+    reads = iter(range(5))
+    monkeypatch.setattr(Split, "windows", windows)
+    monkeypatch.setattr("data_pipeline.stream.TOKENS_PER_GROUP", 1)
     got = []
     with pytest.raises(UserError, match="a bad shard"):
         for batch in stream.batches(0, 100):
@@ -125,12 +125,10 @@ def test_an_error_of_the_thread_reaches_the_consumer(stream: Stream, monkeypatch
 
 
 def test_batches_are_made_ahead(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.stream.TOKENS_PER_HANDOVER", 1)
+    monkeypatch.setattr("data_pipeline.stream.TOKENS_PER_GROUP", 1)
     asked: list[int] = []
-    make = Stream.batch
-    monkeypatch.setattr(
-        Stream, "batch", lambda self, step, *rest: (asked.append(step), make(self, step, *rest))[1]
-    )
+    make = Stream._group
+    monkeypatch.setattr(Stream, "_group", lambda self, step, *rest: (asked.append(step), make(self, step, *rest))[1])
     batches = stream.batches(0, 100)
     next(batches)
     deadline = time.monotonic() + 5
@@ -142,9 +140,7 @@ def test_batches_are_made_ahead(stream: Stream, monkeypatch: pytest.MonkeyPatch)
 def test_reading_crosses_shards(dataset: Dataset) -> None:
     split = dataset.split("train")
     assert len(split.shards) > 2
-    whole = np.concatenate(
-        [np.fromfile(split.folder / s["files"]["tokens"]["file"], "<u2") for s in split.shards]
-    )
+    whole = np.concatenate([np.fromfile(split.folder / s["files"]["tokens"]["file"], "<u2") for s in split.shards])
     border = split.shards[0]["tokens"]
     for a, b in [(0, 5), (border - 3, border + 3), (border, border + 4), (7, split.tokens), (border, border)]:
         assert np.array_equal(split.read(a, b), whole[a:b])
@@ -191,9 +187,7 @@ def test_validation_covers_every_target_once(
                         place = window * length + column
                         seen[place] += 1
                         targets.append(int(batch.tokens[row, column]))
-                        assert (
-                            batch.tokens[row, column] == whole[place] and batch.document_ids[row, column] >= 0
-                        )
+                        assert batch.tokens[row, column] == whole[place] and batch.document_ids[row, column] >= 0
                     else:
                         assert batch.document_ids[row, column] == -1
     assert seen == Counter(range(1, total)) and targets == whole[1:].tolist()

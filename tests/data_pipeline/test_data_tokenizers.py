@@ -92,9 +92,7 @@ def fast_tokenizer(path: Path, end: str = "<|endoftext|>") -> Path:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     fast.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
     fast.train_from_iterator(["some text of words " * 50], trainer)
     fast.save(str(path))
     return path

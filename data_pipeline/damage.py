@@ -94,7 +94,6 @@ class BackgroundCheck:
         self._damage: str | None = None
         work = [(split, number) for split in splits for number in range(rank, len(split.shards), ranks)]
         self._thread = threading.Thread(target=self._check, args=(work,), name="data_pipeline-check", daemon=True)
-        self._thread.start()
 
     def _check(self, work: list[tuple[Split, int]]) -> None:
         for split, number in work:
@@ -105,11 +104,14 @@ class BackgroundCheck:
                 return
 
     def raise_damage(self) -> None:
-        """Raise DamagedFile if a damaged shard has been found."""
+        """Raise DamagedFile if a damaged shard has been found. The first call starts the reading."""
+        if self._thread.ident is None:  # after the first batch, which is not to wait for it
+            self._thread.start()
         if self._damage:
             raise DamagedFile(self._damage)
 
     def stop(self) -> None:
         """End the thread after the shard that it is reading."""
         self._stopped.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()

@@ -117,14 +117,18 @@ def as_one_document(tokens: NDArray[np.int64], allocate: Allocate = np.empty) ->
     return Batch(tokens, ids, positions, mask)
 
 
-def scatter(batch: Batch, rows: NDArray[np.int64], total: int, allocate: Allocate = np.empty) -> Batch:
-    """A batch of `total` rows whose given rows are the batch's; the others are padding."""
-    empty = Batch(*(allocate((total, array.shape[1]), array.dtype) for array in arrays(batch)))
-    for target, source, padding in zip(arrays(empty), arrays(batch), (0, -1, 0, False), strict=True):
-        if len(rows) < total:
+def scatter(
+    parts: Sequence[Batch], rows: Sequence[NDArray[np.int64]], total: int, allocate: Allocate = np.empty
+) -> Batch:
+    """A batch of `total` rows: those of each part go to the rows named for it; what is left is padding."""
+    whole = Batch(*(allocate((total, array.shape[1]), array.dtype) for array in arrays(parts[0])))
+    for target, padding in zip(arrays(whole), (0, -1, 0, False), strict=True):
+        if sum(map(len, rows)) < total:
             target[...] = padding
-        target[rows] = source
-    return empty
+    for part, places in zip(parts, rows, strict=True):
+        for target, source in zip(arrays(whole), arrays(part), strict=True):
+            target[places] = source
+    return whole
 
 
 def arrays(batch: Batch) -> tuple[NDArray[Any], ...]:

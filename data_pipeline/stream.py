@@ -191,7 +191,7 @@ class Stream:
             rows = np.flatnonzero((numbers["source"] == source) & good)
             parts.append(samples.read(numbers["sample"][rows], self.with_documents, np.empty))
             places.append(rows)
-        return scatter(join(parts), np.concatenate(places), len(numbers), allocate)
+        return scatter(parts, places, len(numbers), allocate)
 
     def _samples(self, first: int, count: int) -> NDArray[np.void]:
         """The samples at places first … first + count − 1 of all epochs end to end: (count,) of SAMPLE."""

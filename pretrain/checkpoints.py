@@ -125,20 +125,12 @@ def find_whole(folder: Path, ranks: Ranks) -> Path | None:
     return None
 
 
-def load_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, path: Path, config: Config, dataset: Dataset, ranks: Ranks
-) -> TrainState:
-    """Load weights and optimizer into the engine; UserError where the run has become another one."""
-    saved = json.loads((path / STATE).read_text(encoding="utf-8"))
-    _check_same_run(path, saved, load_config(path / CONFIG), config, dataset)
-    if saved["ranks"] != ranks.world or saved["zero_stage"] != config.zero_stage:
-        raise UserError(
-            f"{path}: written by {saved['ranks']} ranks at ZeRO stage {saved['zero_stage']}, and this start has "
-            f"{ranks.world} ranks at stage {config.zero_stage}; start it as it was"
-        )
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, path: Path) -> TrainState:
+    """Load weights and optimizer into the engine from a checkpoint that `check_same_run` has accepted."""
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise UserError(f"{path}: DeepSpeed could not load it; see its messages above")
+    saved = json.loads((path / STATE).read_text(encoding="utf-8"))
     return TrainState(**{key: saved[key] for key in ("step", "tokens", "metrics_bytes")})
 
 
@@ -216,12 +208,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(chosen, load_config(chosen / CONFIG), state)
 
 
-def _check_same_run(path: Path, saved: dict[str, Any], old: Config, new: Config, dataset: Dataset) -> None:
-    """Refuse to go on where an earlier step would have been another one."""
+def check_same_run(path: Path, new: Config, dataset: Dataset, ranks: Ranks) -> None:
+    """UserError where the run has become another one: where an earlier step would have been a different step."""
+    saved, old = json.loads((path / STATE).read_text(encoding="utf-8")), load_config(path / CONFIG)
     if saved["dataset"]["fingerprint"] != dataset.fingerprint:
         raise UserError(
             f"data.path={new.data.path}: fingerprint {dataset.fingerprint[:12]}, but {path} was trained on "
             f"{saved['dataset']['fingerprint'][:12]}; give that data, or choose another run.name"
+        )
+    if saved["ranks"] != ranks.world or saved["zero_stage"] != new.zero_stage:
+        raise UserError(
+            f"{path}: written by {saved['ranks']} ranks at ZeRO stage {saved['zero_stage']}, and this start has "
+            f"{ranks.world} ranks at stage {new.zero_stage}; start it as it was"
         )
     pairs = [
         ("run.seed", old.run.seed, new.run.seed),

@@ -44,8 +44,11 @@ def train(config: Config) -> bool:
     ranks, device = distributed.start(config.faults.collective_timeout_minutes)
     prepare_folder(config, ranks)
 
+    checkpoint = checkpoints.find_whole(config.run.folder / "checkpoints", ranks)
+    if checkpoint is not None:
+        checkpoints.check_same_run(checkpoint, config, dataset, ranks)
     engine = build_engine(config, vocab_size, ranks.world, device)
-    state = resume(engine, config, dataset, ranks)
+    state = resume(engine, checkpoint, ranks)
     first_step = state.step
     last_step = min(config.total_steps, first_step + (config.run.stop_after or config.total_steps))
     if state.step >= config.total_steps:
@@ -122,15 +125,13 @@ def write_outcome(config: Config, outcome: str, step: int) -> None:
     (config.run.folder / "outcome").write_text(f"{outcome} at step {step}\n", encoding="utf-8")
 
 
-def resume(engine: deepspeed.DeepSpeedEngine, config: Config, dataset: Dataset, ranks: Ranks) -> TrainState:
-    """Load the newest whole checkpoint, if there is one; else start from the initial weights."""
-    folder = config.run.folder / "checkpoints"
-    path = checkpoints.find_whole(folder, ranks)
-    if path is None:
+def resume(engine: deepspeed.DeepSpeedEngine, checkpoint: Path | None, ranks: Ranks) -> TrainState:
+    """Go on from a checkpoint, or start from the initial weights."""
+    if checkpoint is None:
         return TrainState()
-    state = checkpoints.load_checkpoint(engine, path, config, dataset, ranks)
+    state = checkpoints.load_checkpoint(engine, checkpoint)
     if ranks.is_first:
-        print(f"going on from {path}, step {state.step}", flush=True)
+        print(f"going on from {checkpoint}, step {state.step}", flush=True)
     return state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ import torch
 from launch import read_metrics, run_many, without_times
 from run_configs import write_run_config
 
-from pretrain.checkpoints import open_checkpoint
+from data_pipeline import UserError, open_dataset
+from data_pipeline.prepare import main as prepare
+from pretrain.checkpoints import check_same_run, open_checkpoint
+from pretrain.config import load_config
+from pretrain.distributed import Ranks
 
 LOSSES = ["loss", "loss_next_token", "loss_next_latent", "loss_kl", "grad_norm"]
 
@@ -114,3 +119,57 @@ def test_a_checkpoint_says_what_it_is(runs: Path) -> None:
     assert checkpoint.tokenizer().fingerprint == checkpoint.dataset["tokenizer_fingerprint"]
     state = json.loads((checkpoint.path / "state.json").read_text())
     assert state["ranks"] == 2 and state["zero_stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run.seed": 2}, "run.seed=2, but .* was trained with 1"),
+        ({"model.width": 96}, "model.width=96, but .* was trained with 64"),
+        ({"objective.horizon": 1}, "objective.horizon=1, but .* was trained with 2"),
+        ({"batch.global_sequences": 16}, "batch.global_sequences=16, but"),
+        ({"deepspeed.zero_optimization.stage": 2}, "written by 2 ranks at ZeRO stage 3"),
+        ({"optimizer.learning_rate": 1e-3}, None),
+    ],
+)
+def test_going_on_as_another_run_is_refused(
+    runs: Path, tiny_data: Path, tmp_path: Path, changes: dict[str, object], message: str | None
+) -> None:
+    checkpoint = open_checkpoint(runs / "zero3").path
+    config = load_config(write_run_config(tmp_path, tiny_data, "zero3", changes))
+    arguments = (checkpoint, config, open_dataset(tiny_data), Ranks(0, 2, 0, 2))
+    if message is None:
+        check_same_run(*arguments)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_same_run(*arguments)
+
+
+def test_going_on_with_other_data_is_refused(runs: Path, tiny_data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    source = str(tiny_data.parent / "source")
+    prepare(["--source", source, "--tokenizer", "bytes", "--validation", "0.2", "--out", str(other)])
+    config = load_config(write_run_config(tmp_path, other, "zero3", {}))
+    with pytest.raises(UserError, match=r"give that data, or choose another run\.name"):
+        check_same_run(open_checkpoint(runs / "zero3").path, config, open_dataset(other), Ranks(0, 2, 0, 2))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "stopped", run)
+    newest = run / "checkpoints" / "step_00000020"
+    shard = newest / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert open_checkpoint(run).step == 16
+    assert (
+        f"leaving damaged checkpoint {newest}: {shard.name} does not have the recorded sha256"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        open_checkpoint(newest)
+    shard.unlink()
+    assert open_checkpoint(run).step == 16

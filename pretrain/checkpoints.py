@@ -208,8 +208,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(chosen, load_config(chosen / CONFIG), state)
 
 
-def check_same_run(path: Path, new: Config, dataset: Dataset, ranks: Ranks) -> None:
-    """UserError where the run has become another one: where an earlier step would have been a different step."""
+def check_same_run(path: Path, new: Config, dataset: Dataset, ranks: Ranks) -> int:
+    """The checkpoint's step; UserError where the run has become another one: its earlier steps would have differed."""
     saved, old = json.loads((path / STATE).read_text(encoding="utf-8")), load_config(path / CONFIG)
     if saved["dataset"]["fingerprint"] != dataset.fingerprint:
         raise UserError(
@@ -234,6 +234,7 @@ def check_same_run(path: Path, new: Config, dataset: Dataset, ranks: Ranks) -> N
             raise UserError(
                 f"{key}={after}, but {path} was trained with {before}; set it back, or choose another run.name"
             )
+    return int(saved["step"])
 
 
 def _check_room(folder: Path, engine: deepspeed.DeepSpeedEngine) -> None:

@@ -42,20 +42,22 @@ def train(config: Config) -> bool:
     config.batch.accumulation_steps(distributed.discover(os.environ).world)
     stop = faults.StopSignals()
     ranks, device = distributed.start(config.faults.collective_timeout_minutes)
+    checkpoint = checkpoints.find_whole(config.run.folder / "checkpoints", ranks)
+    if checkpoint is not None and not config.run.resume:
+        raise UserError(f"{config.run.folder}: holds checkpoints and run.resume is false; choose another run.name")
+    if checkpoint is not None:
+        done = checkpoints.check_same_run(checkpoint, config, dataset, ranks)
+        if done >= config.total_steps:
+            if ranks.is_first:
+                print(f"{config.run.folder}: finished at step {done}; nothing to do")
+                write_outcome(config, "finished", done)
+            return True
     prepare_folder(config, ranks)
 
-    checkpoint = checkpoints.find_whole(config.run.folder / "checkpoints", ranks)
-    if checkpoint is not None:
-        checkpoints.check_same_run(checkpoint, config, dataset, ranks)
     engine = build_engine(config, vocab_size, ranks.world, device)
     state = resume(engine, checkpoint, ranks)
     first_step = state.step
     last_step = min(config.total_steps, first_step + (config.run.stop_after or config.total_steps))
-    if state.step >= config.total_steps:
-        if ranks.is_first:
-            print(f"{config.run.folder}: finished at step {state.step}; nothing to do")
-            write_outcome(config, "finished", state.step)
-        return True
 
     with Metrics(config, ranks.is_first, state.metrics_bytes, first_step) as metrics:
         clock = StepClock(config, vocab_size, ranks, device)
@@ -114,8 +116,6 @@ def prepare_folder(config: Config, ranks: Ranks) -> None:
     folder = config.run.folder
     if ranks.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        if not config.run.resume and any((folder / "checkpoints").glob("step_*")):
-            raise UserError(f"{folder}: holds checkpoints and run.resume is false; choose another run.name")
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     distributed.barrier()
 
@@ -262,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_intermixed_args(argv)
     try:
         finished = train(load_config(arguments.config, arguments.overrides))
+        distributed.barrier()  # no rank takes its connections down while another still uses them
     except UserError:
         if dist.is_initialized() or distributed.discover(os.environ).local_rank == 0:
             raise

@@ -161,7 +161,9 @@ def optimizer_step(
         losses = engine(micro_batch, counts)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
-        # Each micro-batch holds its share of the global mean; DeepSpeed averages over ranks, so undo that.
+        # Each micro-batch holds its share of the global mean; DeepSpeed averages over ranks, so undo that. The product
+        # also makes a new tensor: given the forward's own output, DeepSpeed 0.19.8 divides by the accumulation steps
+        # although scale_wrt_gas is off.
         engine.backward(losses["loss"] * ranks.world, scale_wrt_gas=False)
         if number == len(micro_batches) - 1:
             means, stopped = reduce_losses(sums, stop.received is not None)

@@ -57,10 +57,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "reference"),
     [
-        ("zero3", "alone"),
-        ("zero2", "alone"),
-        ("zero1", "alone"),
-        ("zero3_accumulating", "zero3"),
+        ("zero3", "alone_whole_batch"),
+        ("zero2", "alone_whole_batch"),
+        ("zero1", "alone_whole_batch"),
+        ("zero3_accumulating", "alone_whole_batch"),
         ("alone", "alone_whole_batch"),
         ("zero3_tied", "alone_tied"),
     ],

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline import Batch, Dataset, Stream, UserError, open_dataset, run_command, validation_batches
-from pretrain import checkpoints, distributed, faults, init_from, schedules
+from data_pipeline import Batch, Stream, UserError, run_command
+from pretrain import checkpoints, distributed, faults, schedules
 from pretrain.checkpoints import TrainState
 from pretrain.config import Config, dump_config, load_config
 from pretrain.distributed import Ranks, all_reduce_sum
 from pretrain.engine import build_engine, gradient_norm
-from pretrain.flops import flops_per_token, peak_flops
-from pretrain.metrics import Metrics, memory_peak_bytes
+from pretrain.metrics import Metrics
 from pretrain.objectives import TokenBatch
-
-Losses = dict[str, float]
+from pretrain.run_data import open_data
+from pretrain.step_clock import StepClock
+from pretrain.validation import reduce_losses, validate
 
 
 def train(config: Config) -> bool:
@@ -88,27 +86,6 @@ def train(config: Config) -> bool:
         outcome = "finished" if state.step == config.total_steps else "stopped" if stopped else "paused"
         write_outcome(config, outcome, state.step)
     return not stopped
-
-
-def open_data(config: Config) -> tuple[Dataset, Stream, int]:
-    """The data set, its training stream, and the rows that the model's embedding gets."""
-    dataset = open_dataset(config.data.path)
-    vocab_size = config.model.vocab_size or dataset.vocab_size
-    if vocab_size < dataset.vocab_size:
-        raise UserError(
-            f"model.vocab_size={vocab_size} is smaller than the {dataset.vocab_size} tokens of data.path="
-            f"{config.data.path}; leave it out, or give at least that"
-        )
-    validation(config, dataset, Ranks(0, 1, 0, 1))  # a split with nothing in it is better met now than at the end
-    if config.model.init_from is not None:
-        init_from.check_folder(Path(config.model.init_from), config, vocab_size, dataset.tokenizer_fingerprint)
-    stream = Stream(
-        dataset.split("train"),
-        seed=config.run.seed,
-        sequence_length=config.data.sequence_length,
-        global_sequences=config.batch.global_sequences,
-    )
-    return dataset, stream, vocab_size
 
 
 def prepare_folder(config: Config, ranks: Ranks) -> None:
@@ -175,44 +152,6 @@ def optimizer_step(
     return means | {"learning_rate": rate, "grad_norm": grad_norm}, stopped
 
 
-def reduce_losses(sums: dict[str, Tensor], stop: bool) -> tuple[Losses, bool]:
-    """Add up the losses and the wish to stop over all ranks, in one collective."""
-    flag = torch.full_like(sums["loss"], float(stop))
-    total = all_reduce_sum(torch.stack([*sums.values(), flag]).double()).tolist()
-    return dict(zip(sums, total[:-1], strict=True)), total[-1] > 0
-
-
-def validate(
-    engine: deepspeed.DeepSpeedEngine, config: Config, dataset: Dataset, ranks: Ranks, device: torch.device
-) -> Losses:
-    """Every loss on the validation split, as `val_…`, a mean over all of its positions."""
-    batches = validation(config, dataset, ranks)
-    objective = engine.module.objective
-    engine.eval()
-    with torch.no_grad():
-        counts = torch.stack([objective.valid_counts(TokenBatch.from_numpy(b, device)) for b in batches]).sum(0)
-        all_reduce_sum(counts)
-        sums: dict[str, Tensor] = {}
-        for batch in batches:
-            for name, value in engine(TokenBatch.from_numpy(batch, device), counts).items():
-                sums[name] = sums.get(name, 0.0) + value
-    engine.train()
-    means, _ = reduce_losses(sums, False)
-    return {f"val_{name}": value for name, value in means.items()}
-
-
-def validation(config: Config, dataset: Dataset, ranks: Ranks) -> Sequence[Batch]:
-    """This rank's validation batches; UserError where the split has nothing to predict."""
-    return validation_batches(
-        dataset.split("validation"),
-        sequence_length=config.data.sequence_length,
-        micro_sequences=config.batch.micro_sequences,
-        rank=ranks.rank,
-        ranks=ranks.world,
-        limit=config.validation.sequences,
-    )
-
-
 def split_rows(batch: Batch, rows: int, device: torch.device) -> list[TokenBatch]:
     """A rank's rows as micro-batches on its device."""
     return [TokenBatch.from_numpy(batch.rows(i, i + rows), device) for i in range(0, len(batch.tokens), rows)]
@@ -221,38 +160,6 @@ def split_rows(batch: Batch, rows: int, device: torch.device) -> list[TokenBatch
 def due(every: int | None, step: int) -> bool:
     """Whether something that happens every so many steps happens at this one."""
     return every is not None and step % every == 0
-
-
-class StepClock:
-    """Times one step: waiting for data, and all of it. Validation and saving are not part of a step."""
-
-    def __init__(self, config: Config, vocab_size: int, ranks: Ranks, device: torch.device):
-        self.tokens = config.tokens_per_step
-        self.device = device
-        peak = peak_flops(config, device)
-        self.seconds_at_peak = (
-            None if peak is None else self.tokens * flops_per_token(config, vocab_size) / (peak * ranks.world)
-        )
-        self.restart()
-
-    def restart(self) -> None:
-        """A step begins."""
-        self.start = self.data = time.perf_counter()
-
-    def data_is_here(self) -> None:
-        """The step's batch has arrived."""
-        self.data = time.perf_counter()
-
-    def step_is_done(self) -> dict[str, float | int | None]:
-        """The step's times, speed and memory."""
-        seconds = time.perf_counter() - self.start
-        return {
-            "step_seconds": seconds,
-            "data_seconds": self.data - self.start,
-            "tokens_per_second": self.tokens / seconds,
-            "mfu": None if self.seconds_at_peak is None else self.seconds_at_peak / seconds,
-            "memory_peak_bytes": memory_peak_bytes(self.device),
-        }
 
 
 def main(argv: list[str] | None = None) -> None:

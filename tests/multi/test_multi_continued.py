@@ -13,7 +13,7 @@ from data_pipeline import UserError
 from pretrain.checkpoints import open_checkpoint
 from pretrain.config import load_config
 from pretrain.export import export
-from pretrain.train import open_data
+from pretrain.run_data import open_data
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     """A trained run and its export, and runs that go on from the export."""
     folder = tmp_path_factory.mktemp("continued")
     first = write_run_config(folder, tiny_data, "first", {})
-    run_many(2, 29631, str(first))
+    run_many(2, str(first))
     export(open_checkpoint(folder / "runs" / "first"), folder / "export")
     still: dict[str, object] = {"model.init_from": str(folder / "export"), "optimizer.learning_rate": 1e-12}
     still |= {"schedule.steps": 2, "schedule.warmup_steps": 0, "schedule.decay_steps": 1}
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
         write_run_config(folder, tiny_data, "wider_dynamics", still | {"objective.dynamics_width": 128}),
         write_run_config(folder, tiny_data, "offline", still | {"metrics.wandb": "offline"}),
     ]
-    run_many(2, 29632, *map(str, configs), f"{configs[-1]}|schedule.steps=3")
+    run_many(2, *map(str, configs), f"{configs[-1]}|schedule.steps=3")
     return folder
 
 

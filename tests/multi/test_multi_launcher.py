@@ -16,16 +16,16 @@ MODULE = ("--module", "pretrain.train", "--config")
 WriteConfig = Callable[..., Path]
 
 
-def start(ranks: int, port: int, config: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(ranks: int, config: Path, *overrides: str) -> subprocess.Popen[str]:
     """Start a run as a terminal does: the launcher and its ranks in a process group of their own."""
-    command = launcher_command(ranks, port, *MODULE, str(config), *overrides)
+    command = launcher_command(ranks, *MODULE, str(config), *overrides)
     return subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
 def test_a_mistake_in_the_config_is_one_line_and_leaves_nothing(write_config: WriteConfig, tmp_path: Path) -> None:
-    process = start(2, 29621, write_config("typo"), "model.widht=64")
+    process = start(2, write_config("typo"), "model.widht=64")
     output, _ = process.communicate(timeout=120)
     errors = [line for line in output.splitlines() if line.startswith("error:")]
     assert errors == [f"error: {tmp_path}/typo.yaml: unknown key model.widht=64; did you mean model.width?"]
@@ -37,7 +37,7 @@ def test_a_mistake_in_the_config_is_one_line_and_leaves_nothing(write_config: Wr
 def test_a_batch_that_does_not_fit_the_ranks_is_refused_before_anything_starts(
     write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    process = start(2, 29622, write_config("odd"), "batch.global_sequences=9", "batch.micro_sequences=3")
+    process = start(2, write_config("odd"), "batch.global_sequences=9", "batch.micro_sequences=3")
     output, _ = process.communicate(timeout=120)
     assert "error: batch.global_sequences=9 is not a multiple of 2 ranks × batch.micro_sequences=3" in output
     assert "Traceback" not in output and process.returncode != 0
@@ -52,7 +52,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_loses_nothing(
         "interrupted", {"schedule.steps": 60, "schedule.name": "constant", "schedule.decay_steps": None}
     )
     metrics = tmp_path / "runs" / "interrupted" / "metrics.jsonl"
-    process = start(2, 29623, config)
+    process = start(2, config)
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
         assert process.poll() is None and time.monotonic() < deadline
@@ -63,6 +63,6 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_loses_nothing(
     assert "the same command goes on from there" in output and process.returncode != 0
     done = len(read_metrics(tmp_path / "runs" / "interrupted"))
     assert 5 <= done < 60
-    run_many(2, 29624, str(config), f"{config}|run.name=whole")
+    run_many(2, str(config), f"{config}|run.name=whole")
     runs = tmp_path / "runs"
     assert without_times(read_metrics(runs / "interrupted")) == without_times(read_metrics(runs / "whole"))

@@ -34,7 +34,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     stopped = config("stopped", {"checkpoint.every": 4})
     run_many(
         2,
-        29611,
         config("zero3"),
         config("zero3_accumulating", accumulating),
         config("zero2", {zero: 2}),
@@ -45,7 +44,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     )
     run_many(
         1,
-        29612,
         config("alone", {zero: 0}),
         config("alone_whole_batch", {zero: 0, "batch.micro_sequences": 8}),
         config("alone_tied", {zero: 0, **tied}),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.config import Config
 from pretrain.objectives import LanguageModelHead, Objective, TokenBatch, build_objective
-from pretrain.transformer import Transformer
+from pretrain.transformer import Transformer, TrunkStates
 
 
 class PretrainingModel(nn.Module):
@@ -31,11 +31,10 @@ class PretrainingModel(nn.Module):
 
     def forward(self, batch: TokenBatch, counts: Tensor) -> dict[str, Tensor]:
         """This micro-batch's share of each loss; `counts` as in `Objective.forward`."""
-        hidden_BTD, embeddings_BTD = self.hidden_states(batch)
-        return self.objective(hidden_BTD, embeddings_BTD, batch, self.lm_head, counts)
+        return self.objective(self.trunk_states(batch), batch, self.lm_head, counts)
 
-    def hidden_states(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Final hidden states and token embeddings of the first T tokens, each (B, T, D)."""
+    def trunk_states(self, batch: TokenBatch) -> TrunkStates:
+        """What the trunk makes of the first T tokens."""
         return self.trunk(batch.tokens[:, :-1], batch.document_ids[:, :-1], batch.positions[:, :-1])
 
 

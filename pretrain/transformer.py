@@ -6,11 +6,29 @@ without custom code. Shapes: B sequences, T tokens, D width, H query heads, K ke
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class TrunkStates:
+    """What one forward pass of the trunk leaves for the objective."""
+
+    hidden: Tensor
+    """(B, T, D) final, post-norm hidden states: what the output head reads."""
+    embeddings: Tensor
+    """(B, T, D) the token embeddings that the trunk looked up."""
+    before_last_block: Tensor
+    """(B, T, D) the residual stream that enters the last block."""
+    rotation: tuple[Tensor, Tensor]
+    """Cosines and sines, each (B, 1, T, C), of the tokens' positions."""
+    mask: Tensor
+    """(B, 1, T, T) bool: which token attends to which."""
 
 
 class Attention(nn.Module):
@@ -84,8 +102,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
 
-    def forward(self, tokens_BT: Tensor, document_ids_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, T, D) and the token embeddings (B, T, D) that they started from.
+    def forward(self, tokens_BT: Tensor, document_ids_BT: Tensor, positions_BT: Tensor) -> TrunkStates:
+        """Hidden states of every token, and what they were made from.
 
         A token attends to the tokens before it of its own document; positions count from the document's start.
         """
@@ -94,8 +112,9 @@ class Transformer(nn.Module):
         mask_B1TT = document_mask(document_ids_BT)
         x_BTD = embeddings_BTD
         for layer in self.layers:
+            before_last_block_BTD = x_BTD
             x_BTD = layer(x_BTD, rotation, mask_B1TT)
-        return self.norm(x_BTD), embeddings_BTD
+        return TrunkStates(self.norm(x_BTD), embeddings_BTD, before_last_block_BTD, rotation, mask_B1TT)
 
 
 def document_mask(document_ids_BT: Tensor) -> Tensor:

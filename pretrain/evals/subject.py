@@ -82,7 +82,7 @@ def _open_checkpoint(path: Path) -> Subject:
         tokens=checkpoint.tokens,
         sequence_length=checkpoint.config.data.sequence_length,
         dataset=checkpoint.dataset,
-        hidden_states=lambda batch: model.hidden_states(batch)[0],
+        hidden_states=lambda batch: model.trunk_states(batch).hidden,
         head_VD=model.lm_head.weight,
         decoder=lambda: load_checkpoint_as_llama(checkpoint, device),
         has_dynamics=hasattr(model.objective, "dynamics"),

@@ -75,7 +75,7 @@ def _random_tokens(checkpoint: Checkpoint, eos_id: int) -> Tensor:
 def _trained_logits(model: PretrainingModel, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states (B, T, D) and logits (B, T, V) of rows that are one document each."""
     positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
-    hidden_BTD, _ = model.trunk(tokens_BT, torch.zeros_like(tokens_BT), positions_BT)
+    hidden_BTD = model.trunk(tokens_BT, torch.zeros_like(tokens_BT), positions_BT).hidden
     return hidden_BTD, model.lm_head(hidden_BTD)
 
 

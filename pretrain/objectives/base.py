@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from data_pipeline import Batch
 from pretrain.objectives.fused_loss import fused_cross_entropy_kl
+from pretrain.transformer import TrunkStates
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,11 @@ class Objective(nn.Module):
         """(terms,) float64: how many positions of this micro-batch enter each term."""
         raise NotImplementedError
 
-    def forward(
-        self, hidden_BTD: Tensor, embeddings_BTD: Tensor, batch: TokenBatch, head: nn.Module, counts: Tensor
-    ) -> dict[str, Tensor]:
+    def forward(self, states: TrunkStates, batch: TokenBatch, head: nn.Module, counts: Tensor) -> dict[str, Tensor]:
         """Losses by name: `loss`, which carries the gradient, and each detached `loss_…` term.
 
         Args:
-            hidden_BTD: final hidden states of the first T tokens.
-            embeddings_BTD: their token embeddings.
+            states: what the trunk made of the first T tokens.
             batch: the micro-batch.
             head: the output head.
             counts: `valid_counts` summed over the global batch.

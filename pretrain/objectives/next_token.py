@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pretrain.objectives.base import Objective, TokenBatch, mean_weights, next_token_mask
+from pretrain.transformer import TrunkStates
 
 
 class NextToken(Objective):
@@ -14,10 +15,8 @@ class NextToken(Objective):
         """(1,) float64: the positions whose next token is a target."""
         return next_token_mask(batch).sum().double().unsqueeze(0)
 
-    def forward(
-        self, hidden_BTD: Tensor, embeddings_BTD: Tensor, batch: TokenBatch, head: nn.Module, counts: Tensor
-    ) -> dict[str, Tensor]:
+    def forward(self, states: TrunkStates, batch: TokenBatch, head: nn.Module, counts: Tensor) -> dict[str, Tensor]:
         """See `Objective.forward`."""
         weights_BT = mean_weights(next_token_mask(batch), counts[0])
-        next_token, _ = head(hidden_BTD, batch.tokens[:, 1:], weights_BT)
+        next_token, _ = head(states.hidden, batch.tokens[:, 1:], weights_BT)
         return {"loss": next_token, "loss_next_token": next_token.detach()}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pretrain.config import NextLatConfig
 from pretrain.latent_dynamics import LatentDynamics
 from pretrain.objectives.base import Objective, TokenBatch, mean_weights, next_token_mask
+from pretrain.transformer import TrunkStates
 
 
 class NextLat(Objective):
@@ -44,16 +45,14 @@ class NextLat(Objective):
         counts = [next_token_BT.sum()[None], latent_dBT.sum((1, 2)), (latent_dBT & next_token_BT).sum((1, 2))]
         return torch.cat(counts).double()
 
-    def forward(
-        self, hidden_BTD: Tensor, embeddings_BTD: Tensor, batch: TokenBatch, head: nn.Module, counts: Tensor
-    ) -> dict[str, Tensor]:
+    def forward(self, states: TrunkStates, batch: TokenBatch, head: nn.Module, counts: Tensor) -> dict[str, Tensor]:
         """See `Objective.forward`; the latent terms are also given per rollout step."""
-        d = self.horizon
+        d, hidden_BTD = self.horizon, states.hidden
         next_token_count, latent_counts_d, kl_counts_d = counts.split([1, d, d])
         latent_dBT = rollout_mask(batch, d)
         next_token_BT = next_token_mask(batch)
 
-        rollouts_dBTD = self.dynamics(hidden_BTD, embeddings_BTD, d)
+        rollouts_dBTD = self.dynamics(hidden_BTD, states.embeddings, d)
         next_token, kl_d = head(
             hidden_BTD,
             batch.tokens[:, 1:],

@@ -31,7 +31,7 @@ def direct(checkpoint, data: Dataset, length: int, windows: int | None = None) -
         cuts = [start, *(int(d) for d in split.document_starts if start < d < stop), stop]
         for a, b in pairwise(cuts):
             tokens = stream[a:b][None]
-            hidden, _ = checkpoint.model.trunk(tokens, torch.zeros_like(tokens), torch.arange(b - a)[None])
+            hidden = checkpoint.model.trunk(tokens, torch.zeros_like(tokens), torch.arange(b - a)[None]).hidden
             log_p = (hidden[0] @ checkpoint.model.lm_head.weight.T).double().log_softmax(-1)
             nats -= float(log_p.gather(1, stream[a + 1 : b + 1, None]).sum())
             count += b - a

@@ -51,7 +51,7 @@ def test_logits_of_the_loaded_folder_equal_the_trained_models(shape, tmp_path):
     exported = AutoModelForCausalLM.from_pretrained(out)
     assert type(exported).__name__ == "LlamaForCausalLM" and exported.dtype == torch.float32
     tokens = torch.randint(checkpoint.vocab_size, (3, 40), generator=torch.Generator().manual_seed(3))
-    hidden, _ = checkpoint.model.trunk(tokens, torch.zeros_like(tokens), torch.arange(40).expand_as(tokens))
+    hidden = checkpoint.model.trunk(tokens, torch.zeros_like(tokens), torch.arange(40).expand_as(tokens)).hidden
     expected = checkpoint.model.lm_head(hidden)
     assert expected.std() > 0.5
     assert (exported(tokens).logits - expected).abs().max() <= 1e-5

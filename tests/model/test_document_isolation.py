@@ -40,10 +40,10 @@ def tokens() -> torch.Tensor:
 def test_a_changed_token_changes_itself_and_what_follows_in_its_document_and_nothing_else(
     trunk: Transformer, tokens: torch.Tensor, changed: int
 ):
-    before, _ = trunk(tokens, DOCUMENTS, POSITIONS)
+    before = trunk(tokens, DOCUMENTS, POSITIONS).hidden
     other = tokens.clone()
     other[0, changed] = (other[0, changed] + 1) % VOCAB
-    after, _ = trunk(other, DOCUMENTS, POSITIONS)
+    after = trunk(other, DOCUMENTS, POSITIONS).hidden
     same_document = DOCUMENTS[0] == DOCUMENTS[0, changed]
     may_change = same_document & (torch.arange(T) >= changed)
     moved = (after - before).abs().amax(-1)[0]
@@ -52,22 +52,22 @@ def test_a_changed_token_changes_itself_and_what_follows_in_its_document_and_not
 
 
 def test_a_packed_row_gives_each_document_the_states_it_has_alone(trunk: Transformer, tokens: torch.Tensor):
-    packed, _ = trunk(tokens, DOCUMENTS, POSITIONS)
+    packed = trunk(tokens, DOCUMENTS, POSITIONS).hidden
     for piece, states in zip(tokens.split(LENGTHS, 1), packed.split(LENGTHS, 1), strict=True):
-        alone, _ = trunk(piece, torch.zeros_like(piece), torch.arange(piece.shape[1])[None])
+        alone = trunk(piece, torch.zeros_like(piece), torch.arange(piece.shape[1])[None]).hidden
         torch.testing.assert_close(states, alone, rtol=1e-12, atol=1e-12)
 
 
 def test_a_row_does_not_depend_on_the_other_rows_or_on_the_name_of_its_documents(
     trunk: Transformer, tokens: torch.Tensor
 ):
-    alone, _ = trunk(tokens, DOCUMENTS, POSITIONS)
+    alone = trunk(tokens, DOCUMENTS, POSITIONS).hidden
     reverse = tokens.flip(1)
-    both, _ = trunk(
+    both = trunk(
         torch.cat([reverse, tokens]),
         torch.cat([torch.zeros_like(DOCUMENTS), DOCUMENTS + 7]),
         torch.cat([torch.arange(T)[None], POSITIONS]),
-    )
+    ).hidden
     torch.testing.assert_close(both[1:], alone, rtol=1e-12, atol=1e-12)
 
 
@@ -77,7 +77,7 @@ def test_no_gradient_flows_between_documents_or_backwards_in_time(trunk: Transfo
     def states(embeddings: torch.Tensor) -> torch.Tensor:
         handle = trunk.embed_tokens.register_forward_hook(lambda *_: embeddings)
         try:
-            return trunk(tokens, DOCUMENTS, POSITIONS)[0].sum((0, 2))
+            return trunk(tokens, DOCUMENTS, POSITIONS).hidden.sum((0, 2))
         finally:
             handle.remove()
 
@@ -89,12 +89,12 @@ def test_no_gradient_flows_between_documents_or_backwards_in_time(trunk: Transfo
 
 
 def test_padding_on_either_side_changes_no_document_and_gives_no_nan(trunk: Transformer, tokens: torch.Tensor):
-    expected, _ = trunk(tokens, DOCUMENTS, POSITIONS)
-    padded, _ = trunk(
+    expected = trunk(tokens, DOCUMENTS, POSITIONS).hidden
+    padded = trunk(
         torch.nn.functional.pad(tokens, (2, 3)),
         torch.nn.functional.pad(DOCUMENTS, (2, 3), value=-1),
         torch.nn.functional.pad(POSITIONS, (2, 3)),
-    )
+    ).hidden
     assert padded.isfinite().all()
     torch.testing.assert_close(padded[:, 2 : 2 + T], expected, rtol=1e-12, atol=1e-12)
 
@@ -103,8 +103,8 @@ def test_order_and_distance_matter_and_absolute_position_does_not(trunk: Transfo
     """Rotary attention sees differences of positions: a shift of all changes nothing, a gap does."""
     one = torch.zeros_like(tokens)
     positions = torch.arange(T)[None]
-    states, _ = trunk(tokens, one, positions)
-    shifted, _ = trunk(tokens, one, positions + 5)
-    spread, _ = trunk(tokens, one, positions * 2)
+    states = trunk(tokens, one, positions).hidden
+    shifted = trunk(tokens, one, positions + 5).hidden
+    spread = trunk(tokens, one, positions * 2).hidden
     torch.testing.assert_close(shifted, states, rtol=1e-9, atol=1e-9)
     assert (spread - states).abs().max() > 1e-3

@@ -92,7 +92,8 @@ def test_hidden_states_and_logits_equal_transformers_llama(shape: dict):
     model = make_model(config)
     llama = make_llama(model, config)
     tokens = torch.randint(VOCAB, (2, 25), generator=torch.Generator().manual_seed(3))
-    hidden, embeddings = model.hidden_states(one_document(tokens))
+    states = model.trunk_states(one_document(tokens))
+    hidden, embeddings = states.hidden, states.embeddings
     expected = llama.model(tokens[:, :-1]).last_hidden_state
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
     logits, expected_logits = model.lm_head(hidden), llama(tokens[:, :-1]).logits
@@ -111,7 +112,7 @@ def test_every_document_of_a_packed_row_equals_llama_on_that_document_alone():
     documents = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 9, 15]))[None]
     positions = torch.cat([torch.arange(n) for n in (1, 9, 15)])[None]
     batch = TokenBatch(tokens, documents, positions, torch.ones_like(tokens, dtype=torch.bool))
-    hidden, _ = model.hidden_states(batch)
+    hidden = model.trunk_states(batch).hidden
     for piece, mine in zip(tokens[:, :-1].split(lengths, 1), hidden.split(lengths, 1), strict=True):
         torch.testing.assert_close(mine, llama.model(piece).last_hidden_state, rtol=1e-5, atol=1e-5)
 
@@ -141,7 +142,7 @@ def test_bfloat16_trunk_keeps_its_precision_of_position_far_into_the_sequence():
     batch = one_document(tokens)
     far = TokenBatch(tokens, batch.document_ids, batch.positions + 3001, batch.target_mask)
     with torch.no_grad():
-        expected, _ = exact.hidden_states(far)
-        hidden, _ = model.hidden_states(far)
+        expected = exact.trunk_states(far).hidden
+        hidden = model.trunk_states(far).hidden
     assert hidden.dtype == torch.bfloat16
     assert ((hidden.float() - expected).norm() / expected.norm()).item() < 0.1

@@ -7,8 +7,15 @@ from reference import make_batch, rows_of
 
 from pretrain.config import NextLatConfig, NextTokenConfig
 from pretrain.objectives import LanguageModelHead, NextLat, NextToken, TokenBatch, build_objective
+from pretrain.transformer import TrunkStates
 
 VOCAB, COLUMNS, WIDTH = 11, 13, 8
+
+
+def states(hidden: torch.Tensor) -> TrunkStates:
+    """Only the final hidden states: the objective reads nothing else."""
+    nothing = torch.zeros(())
+    return TrunkStates(hidden, nothing, nothing, (nothing, nothing), nothing)
 
 
 def make_case() -> tuple[TokenBatch, torch.Tensor, LanguageModelHead]:
@@ -32,7 +39,7 @@ def test_next_token_loss_and_gradients_equal_torchs_cross_entropy_over_the_valid
     parts = [slice(end - size, end) for size, end in zip(rows, torch.tensor(rows).cumsum(0), strict=True)]
     counts = sum(objective.valid_counts(rows_of(batch, part)) for part in parts)
     assert counts.tolist() == [(targets >= 0).sum()]
-    shares = [objective(hidden[part], torch.zeros(()), rows_of(batch, part), head, counts) for part in parts]
+    shares = [objective(states(hidden[part]), rows_of(batch, part), head, counts) for part in parts]
     loss = sum(share["loss"] for share in shares)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(sum(share["loss_next_token"] for share in shares), expected.detach())
@@ -44,7 +51,7 @@ def test_next_token_with_no_target_at_all_is_zero():
     batch, hidden, head = make_case()
     nothing = TokenBatch(batch.tokens, batch.document_ids, batch.positions, torch.zeros_like(batch.target_mask))
     objective = NextToken()
-    losses = objective(hidden, torch.zeros(()), nothing, head, objective.valid_counts(nothing))
+    losses = objective(states(hidden), nothing, head, objective.valid_counts(nothing))
     losses["loss"].backward()
     assert losses["loss"] == 0 and (hidden.grad == 0).all() and (head.weight.grad == 0).all()
 

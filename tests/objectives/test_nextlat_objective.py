@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -249,8 +250,10 @@ def gradients_at_states(next_latent_weight: float, kl_weight: float) -> tuple[Te
     """Gradients at hidden states and embeddings, (B, T, D) each: documents of 2 and of 4 tokens, d = 1."""
     batch = make_batch([[2, 4, 7]], COLUMNS, VOCAB)
     model = make_model(make_config(1, next_latent_weight=next_latent_weight, kl_weight=kl_weight))
-    hidden, embeddings = (x.detach().requires_grad_() for x in model.hidden_states(batch))
-    losses = model.objective(hidden, embeddings, batch, model.lm_head, model.objective.valid_counts(batch))
+    states = model.trunk_states(batch)
+    hidden, embeddings = (x.detach().requires_grad_() for x in (states.hidden, states.embeddings))
+    states = replace(states, hidden=hidden, embeddings=embeddings)
+    losses = model.objective(states, batch, model.lm_head, model.objective.valid_counts(batch))
     losses["loss"].backward()
     zeros = torch.zeros_like(embeddings)
     return hidden.grad, zeros if embeddings.grad is None else embeddings.grad
@@ -313,8 +316,9 @@ def test_terms_are_not_negative_and_the_reference_meets_both_branches_of_smooth_
     model, batch = make_model(config), packed_batch()
     expected: Losses = losses_and_gradients(model, config, batch)[0]
     assert all(kl >= 0 for kl in expected.kl_steps)
-    hidden, embeddings = model.hidden_states(batch)
-    rollouts = model.objective.dynamics(hidden, embeddings, 4)
+    states = model.trunk_states(batch)
+    hidden = states.hidden
+    rollouts = model.objective.dynamics(hidden, states.embeddings, 4)
     errors = (rollouts - hidden)[0, :, 1:].abs()
     assert 0.1 < (errors < 1).double().mean() < 0.9
     values, _, _ = run(model, [batch])

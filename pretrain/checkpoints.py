@@ -25,9 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline import Dataset, Tokenizer, UserError, load_tokenizer
+from data_pipeline import Tokenizer, UserError, load_tokenizer
 from pretrain.config import Config, dump_config, load_config
 from pretrain.distributed import Ranks, barrier
+from pretrain.run_data import RunData
+from pretrain.same_data import check_same_data, describe_data
 from pretrain.sharded_weights import ShardedWeights
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
@@ -50,24 +52,12 @@ class TrainState:
     """Length of metrics.jsonl; what was written after the checkpoint is cut off and written again."""
 
 
-def describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """What a checkpoint records of its data set."""
-    return {
-        "path": str(dataset.path),
-        "fingerprint": dataset.fingerprint,
-        "tokenizer_kind": dataset.tokenizer().kind,
-        "tokenizer_fingerprint": dataset.tokenizer_fingerprint,
-        "vocab_size": dataset.vocab_size,
-        "eos_id": dataset.eos_id,
-    }
-
-
 def save_checkpoint(
     engine: deepspeed.DeepSpeedEngine,
     folder: Path,
     state: TrainState,
     config: Config,
-    dataset: Dataset,
+    dataset: RunData,
     vocab_size: int,
     ranks: Ranks,
 ) -> Path:
@@ -91,13 +81,12 @@ def save_checkpoint(
             "ranks": ranks.world,
             "zero_stage": config.zero_stage,
             "vocab_size": vocab_size,
-            "dataset": describe_dataset(dataset),
+            "dataset": describe_data(dataset),
             "versions": _versions(),
         }
         (unfinished / STATE).write_text(json.dumps(described, indent=2), encoding="utf-8")
-        tokenizer_file = dataset.tokenizer().path
-        if tokenizer_file:
-            shutil.copyfile(tokenizer_file, unfinished / Path(tokenizer_file).name)
+        if tokenizer_file := dataset.tokenizer_file():
+            (unfinished / tokenizer_file[0]).write_bytes(tokenizer_file[1])
     barrier()
     files = _gather(_flush_and_hash(unfinished, ranks))
     if ranks.is_first:
@@ -154,7 +143,7 @@ class Checkpoint:
 
     @property
     def dataset(self) -> dict[str, Any]:
-        """Path, fingerprint, tokenizer_fingerprint, vocab_size and eos_id of the data set."""
+        """What `same_data.describe_data` recorded of the data."""
         return dict(self.state["dataset"])
 
     @property
@@ -208,14 +197,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(chosen, load_config(chosen / CONFIG), state)
 
 
-def check_same_run(path: Path, new: Config, dataset: Dataset, ranks: Ranks) -> int:
+def check_same_run(path: Path, new: Config, dataset: RunData, ranks: Ranks) -> int:
     """The checkpoint's step; UserError where the run has become another one: its earlier steps would have differed."""
     saved, old = json.loads((path / STATE).read_text(encoding="utf-8")), load_config(path / CONFIG)
-    if saved["dataset"]["fingerprint"] != dataset.fingerprint:
-        raise UserError(
-            f"data.path={new.data.path}: fingerprint {dataset.fingerprint[:12]}, but {path} was trained on "
-            f"{saved['dataset']['fingerprint'][:12]}; give that data, or choose another run.name"
-        )
+    check_same_data(saved["dataset"], dataset, saved["step"], path)
     if saved["ranks"] != ranks.world or saved["zero_stage"] != new.zero_stage:
         raise UserError(
             f"{path}: written by {saved['ranks']} ranks at ZeRO stage {saved['zero_stage']}, and this start has "

@@ -118,6 +118,8 @@ def console_line(values: Mapping[str, Any], total_steps: int, seconds_left: floa
         parts.append(f"mfu {values['mfu']:.1%}")
     parts.append(f"{values['memory_peak_bytes'] / 2**30:.1f} GiB")
     parts.append(f"data {values['data_seconds'] / max(values['step_seconds'], 1e-9):.0%}")
+    if values.get("skipped_sequences"):
+        parts.append(f"skipped {values['skipped_sequences']} sequences of damaged shards")
     if "val_loss_next_token" in values:
         parts.append(f"val {values['val_loss_next_token']:.4f}")
     parts.append(f"eta {_clock(seconds_left)}")

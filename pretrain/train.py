@@ -26,7 +26,7 @@ from pretrain.distributed import Ranks, all_reduce_sum
 from pretrain.engine import build_engine, gradient_norm
 from pretrain.metrics import Metrics
 from pretrain.objectives import TokenBatch
-from pretrain.run_data import open_data
+from pretrain.run_data import host_memory, open_data, skipped_sequences
 from pretrain.step_clock import StepClock
 from pretrain.validation import reduce_losses, validate
 
@@ -59,11 +59,12 @@ def train(config: Config) -> bool:
 
     with Metrics(config, ranks.is_first, state.metrics_bytes, first_step) as metrics:
         clock = StepClock(config, vocab_size, ranks, device)
-        for batch in stream.batches(first_step, last_step, ranks.rank, ranks.world):
+        for batch in stream.batches(first_step, last_step, ranks.rank, ranks.world, host_memory(device)):
             clock.data_is_here()
             losses, stopped = optimizer_step(engine, config, batch, state.step, stream, stop, ranks, device)
             state.step += 1
             state.tokens += config.tokens_per_step
+            losses |= skipped_sequences(config, batch, device)
             record: dict[str, Any] = {"step": state.step, "tokens": state.tokens, **losses, **clock.step_is_done()}
             stopped = stopped and state.step < config.total_steps  # told to stop with nothing left to do
             is_last = stopped or state.step == last_step

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from data_pipeline import UserError
+from pretrain.config.data import DataConfig
 from pretrain.config.objectives import ObjectiveConfig
 from pretrain.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Section
 
@@ -89,15 +90,6 @@ class ModelConfig(Section):
     def inner_width(self) -> int:
         """Inner width of SwiGLU (PAPER: 128·round((8·D/3)/128), at least 128)."""
         return self.mlp_width or max(128, 128 * round(8 * self.width / 3 / 128))
-
-
-class DataConfig(Section):
-    """What is read."""
-
-    path: str
-    """A data set folder made by `python -m data_pipeline.prepare`."""
-    sequence_length: Annotated[int, Field(ge=2)]
-    """Tokens in a sequence, T."""
 
 
 class BatchConfig(Section):

@@ -114,6 +114,12 @@ def test_overrides_do_not_change_the_file_or_a_later_load(tmp_path: Path):
         ["run.name='123'", "data.path='true'"],
         ["run.name='2024-01-01'", "data.path='1.5'"],
         ["data.path='1:30'", "metrics.wandb_project='~'"],
+        ["data.path=null", "data.sources=[{path: a, weight: 0.25}, {path: s3://b/c, weight: 1}]", "data.cache=/tmp/c"],
+        [
+            "data.path=null",
+            "data.sources=[{path: a}, {path: b}]",
+            "data.phases=[{weights: [1, 0], to: [0, 1], steps: 9}]",
+        ],
     ],
     ids=lambda overrides: " ".join(overrides) or "plain",
 )
@@ -205,3 +211,12 @@ def test_an_override_replaces_a_whole_section(tmp_path: Path):
     path = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     config = load_config(path, ["objective={name: next_token}"])
     assert config.objective.model_dump() == {"name": "next_token"}
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("data/web", "web"), ("s3://bucket/Fine-Web 2/", "fine_web_2"), ("东京", "data"), ("x/train.bin", "train_bin")],
+)
+def test_a_source_is_called_by_the_last_part_of_its_path(tmp_path: Path, path: str, name: str):
+    config = load(tmp_path, "data.path=null", f"data.sources=[{{path: {path}, weight: 1}}]")
+    assert list(config.data.sources_by_name) == [name]

@@ -5,15 +5,26 @@ is refused with one line that names the file, the key, the value and what would 
 """
 
 from pretrain.config.loading import dump_config, load_config
-from pretrain.config.objectives import OBJECTIVES, NextLatConfig, NextTokenConfig, ObjectiveConfig
+from pretrain.config.objectives import (
+    OBJECTIVES,
+    BstConfig,
+    JtpConfig,
+    MtpConfig,
+    NextLatConfig,
+    NextTokenConfig,
+    ObjectiveConfig,
+)
 from pretrain.config.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
 __all__ = [
     "OBJECTIVES",
     "BatchConfig",
+    "BstConfig",
     "Config",
     "DataConfig",
+    "JtpConfig",
     "ModelConfig",
+    "MtpConfig",
     "NextLatConfig",
     "NextTokenConfig",
     "ObjectiveConfig",

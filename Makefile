@@ -49,6 +49,7 @@ format: $(READY)
 
 bench: $(READY)
 	python -m benchmarks.loss
+	python -m benchmarks.step
 	python -m benchmarks.data
 
 clean:

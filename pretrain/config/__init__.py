@@ -6,15 +6,26 @@ is refused with one line that names the file, the key, the value and what would 
 
 from pretrain.config.data import DataConfig, PhaseConfig, SourceConfig
 from pretrain.config.loading import dump_config, load_config
-from pretrain.config.objectives import OBJECTIVES, NextLatConfig, NextTokenConfig, ObjectiveConfig
+from pretrain.config.objectives import (
+    OBJECTIVES,
+    BstConfig,
+    JtpConfig,
+    MtpConfig,
+    NextLatConfig,
+    NextTokenConfig,
+    ObjectiveConfig,
+)
 from pretrain.config.schema import BatchConfig, Config, ModelConfig, OptimizerConfig, RunConfig
 
 __all__ = [
     "OBJECTIVES",
     "BatchConfig",
+    "BstConfig",
     "Config",
     "DataConfig",
+    "JtpConfig",
     "ModelConfig",
+    "MtpConfig",
     "NextLatConfig",
     "NextTokenConfig",
     "ObjectiveConfig",

@@ -112,7 +112,7 @@ def _describe(error: ValidationError) -> str:
         case "missing":
             line = f"missing key {key}; add it"
         case "union_tag_not_found":
-            line = f"missing key {key}.name; add it (next_token or nextlat)"
+            line = f"missing key {key}.name; add it ({' or '.join(OBJECTIVES)})"
         case "union_tag_invalid":
             line = f"{key}.name={value.get('name')!r} must be one of {problem['ctx']['expected_tags']}"
         case "value_error":

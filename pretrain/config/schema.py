@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from data_pipeline import UserError
 from pretrain.config.data import DataConfig
-from pretrain.config.objectives import ObjectiveConfig
+from pretrain.config.objectives import JtpConfig, ObjectiveConfig
 from pretrain.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Section
 
 
@@ -85,6 +85,11 @@ class ModelConfig(Section):
     def key_value_heads(self) -> int:
         """Number of key and value heads."""
         return self.kv_heads or self.heads
+
+    @property
+    def fetch_heads(self) -> int:
+        """Attention heads of JTP's Fetch: as many as the trunk's, at most 4."""
+        return min(4, self.heads)
 
     @property
     def inner_width(self) -> int:
@@ -229,6 +234,11 @@ class Config(Section):
             raise ValueError(
                 f"objective.horizon={horizon} must be smaller than data.sequence_length="
                 f"{self.data.sequence_length}; shorten the horizon or lengthen the sequences"
+            )
+        if isinstance(self.objective, JtpConfig) and self.model.width % self.model.fetch_heads:
+            raise ValueError(
+                f"objective.name=jtp attends with {self.model.fetch_heads} heads, which do not divide "
+                f"model.width={self.model.width}; choose a width that is a multiple of {self.model.fetch_heads}"
             )
         if self.batch.global_sequences % self.batch.micro_sequences:
             raise ValueError(

@@ -106,6 +106,46 @@ BAD = {
     ),
     "horizon beyond the sequence": (["objective.horizon=1000"], ["objective.horizon=1000", "smaller"]),
     "horizon of zero": (["objective.horizon=0"], ["objective.horizon=0", "greater than 0"]),
+    "horizon of MTP beyond the sequence": (
+        ["objective={name: mtp, horizon: 64, multi_token_weight: 1.0}"],
+        ["objective.horizon=64", "data.sequence_length=64", "smaller"],
+    ),
+    "horizon of JTP beyond the sequence": (
+        ["objective={name: jtp, horizon: 64, joint_token_weight: 1.0}"],
+        ["objective.horizon=64", "data.sequence_length=64", "smaller"],
+    ),
+    "BST with a horizon": (
+        ["objective={name: bst, horizon: 2}"],
+        ["unknown key objective.horizon=2", "objective.name=bst", "name, pair_fraction"],
+    ),
+    "MTP with JTP's weight": (
+        ["objective={name: mtp, horizon: 2, joint_token_weight: 1.0}"],
+        ["unknown key objective.joint_token_weight=1.0", "objective.name=mtp", "multi_token_weight"],
+    ),
+    "JTP without its weight": (
+        ["objective={name: jtp, horizon: 2}"],
+        ["missing key objective.joint_token_weight", "add it"],
+    ),
+    "negative weight of MTP": (
+        ["objective={name: mtp, horizon: 2, multi_token_weight: -1.0}"],
+        ["objective.multi_token_weight=-1.0", "greater than or equal to 0"],
+    ),
+    "no pairs": (
+        ["objective={name: bst, pair_fraction: 0.0}"],
+        ["objective.pair_fraction=0.0", "greater than 0"],
+    ),
+    "more pairs than there are": (
+        ["objective={name: bst, pair_fraction: 1.5}"],
+        ["objective.pair_fraction=1.5", "less than or equal to 1"],
+    ),
+    "JTP's heads not dividing the width": (
+        ["objective={name: jtp, horizon: 2, joint_token_weight: 1.0}", "model.width=90", "model.heads=5"],
+        ["objective.name=jtp", "4 heads", "model.width=90", "multiple of 4"],
+    ),
+    "no objective named": (
+        ["objective={horizon: 2}"],
+        ["missing key objective.name", "next_token or nextlat or mtp or jtp or bst"],
+    ),
     "batch not divisible": (
         ["batch.micro_sequences=3"],
         ["batch.global_sequences=8", "batch.micro_sequences=3", "multiple"],
@@ -263,7 +303,10 @@ BAD = {
         ["deepspeed.zero_optimization=77"],
         ["deepspeed.zero_optimization=77", "{stage: 3}"],
     ),
-    "unknown objective": (["objective.name=gpt"], ["objective.name='gpt'", "next_token", "nextlat"]),
+    "unknown objective": (
+        ["objective.name=gpt"],
+        ["objective.name='gpt'", "'next_token', 'nextlat', 'mtp', 'jtp', 'bst'"],
+    ),
     "objective of the wrong type": (["objective.name=3"], ["objective.name=3", "next_token", "nextlat"]),
 }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +27,22 @@ class TokenBatch:
     """(B, T+1) int: position in the document."""
     target_mask: Tensor
     """(B, T+1) bool: the token counts as a target (prompt tokens and padding do not)."""
+    row_seeds: tuple[int, ...] | None = None
+    """B seeds, see `row_seeds`, for what is chosen at random in a row; None where nothing is (validation)."""
 
     @classmethod
-    def from_numpy(cls, batch: Batch, device: torch.device | str = "cpu") -> TokenBatch:
+    def from_numpy(
+        cls, batch: Batch, device: torch.device | str = "cpu", row_seeds: tuple[int, ...] | None = None
+    ) -> TokenBatch:
         """The data pipeline's batch as tensors on `device`."""
         arrays = (batch.tokens, batch.document_ids, batch.positions, batch.target_mask)
-        return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+        return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays), row_seeds)
+
+
+def row_seeds(seed: int, samples: Iterable[int]) -> tuple[int, ...]:
+    """A seed for each sample of a run, counted from its first step on: the same whichever rank reads it, and when."""
+    digests = (hashlib.sha256(f"row {seed} {sample}".encode()).digest() for sample in samples)
+    return tuple(int.from_bytes(digest[:8], "little") >> 1 for digest in digests)
 
 
 class LanguageModelHead(nn.Module):
@@ -54,8 +67,12 @@ class LanguageModelHead(nn.Module):
         ce_weights_BT: Tensor | None = None,
         rollouts_dBTD: Tensor | None = None,
         kl_weights_dBT: Tensor | None = None,
+        **options: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, T, V); or with targets, the weighted sums of cross-entropy () and of KL (d,)."""
+        """Logits (B, T, V); or with targets, the weighted sums of cross-entropy () and of KL (d,).
+
+        options: of `fused_cross_entropy_kl`.
+        """
         if targets_BT is None or ce_weights_BT is None:
             return hidden_BTD @ self.weight.T
         return fused_cross_entropy_kl(
@@ -65,6 +82,7 @@ class LanguageModelHead(nn.Module):
             ce_weights_BT.flatten(),
             None if rollouts_dBTD is None else rollouts_dBTD.flatten(1, 2),
             None if kl_weights_dBT is None else kl_weights_dBT.flatten(1, 2),
+            **options,
         )
 
 

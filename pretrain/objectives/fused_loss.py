@@ -109,7 +109,7 @@ class _FusedCrossEntropyKL(torch.autograd.Function):
         steps, landings = rollouts_dMD.shape[:2]
         sums = torch.zeros(1 + steps, dtype=sum_dtype, device=hidden_ND.device)
         gradients = _Gradients(hidden_ND, head_VD, rollouts_dMD, options) if options.form_gradients else None
-        logits = _LogitsBuffer(head_VD, options.memory_budget_bytes)
+        logits = _LogitsBuffer(head_VD)
         for begin, end, d in ((0, landings, steps), (landings, len(hidden_ND), 0)):
             chunk = positions_per_chunk(len(head_VD), d, head_VD.itemsize, options.memory_budget_bytes)
             for start in range(begin, end, chunk):
@@ -133,9 +133,8 @@ class _FusedCrossEntropyKL(torch.autograd.Function):
 class _LogitsBuffer:
     """Room for one chunk's logits, made once: fresh memory costs about as much time as a softmax over it."""
 
-    def __init__(self, head_VD: Tensor, memory_budget_bytes: int):
+    def __init__(self, head_VD: Tensor):
         self.head_VD = head_VD
-        self.memory_budget_bytes = memory_budget_bytes
         self.buffer = head_VD.new_empty(0)
 
     def of(self, states_C1dD: Tensor) -> Tensor:
@@ -188,58 +187,48 @@ class _Gradients:
     """The gradients of both losses, formed chunk by chunk, for upstream gradients of one."""
 
     def __init__(self, hidden_ND: Tensor, head_VD: Tensor, rollouts_dMD: Tensor, options: _Options):
+        sum_dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         self.head_VD = head_VD
-        self.freeze_head = options.freeze_head
         self.hidden_ND = torch.empty_like(hidden_ND)
         self.rollouts_dMD = torch.empty_like(rollouts_dMD)
-        self.of_head: Tensor | None = None
-        self.of_head_by_rollouts: Tensor | None = None
+        self.of_head_VD = torch.zeros_like(head_VD, dtype=sum_dtype)
+        self.of_head_by_rollouts_VD = None if options.freeze_head else torch.zeros_like(head_VD, dtype=sum_dtype)
         self.given_out: set[str] = set()
 
     def add(self, here: slice, states_C1dD: Tensor, grad_C1dV: Tensor) -> None:
         """Take a chunk's states and the gradients of their logits."""
         grad_C1dD = (grad_C1dV.flatten(0, 1) @ self.head_VD).view(states_C1dD.shape)
         self.hidden_ND[here] = grad_C1dD[:, 0]
-        self.of_head = _add_product(self.of_head, grad_C1dV[:, 0].T, states_C1dD[:, 0])
+        _add_product(self.of_head_VD, grad_C1dV[:, 0].T, states_C1dD[:, 0])
         steps = states_C1dD.shape[1] - 1
         if steps:
             self.rollouts_dMD[:, here] = grad_C1dD[:, 1:].transpose(0, 1)
-        if not self.freeze_head:
+        if self.of_head_by_rollouts_VD is not None:
             for i in range(1, 1 + steps):
-                product = (grad_C1dV[:, i].T, states_C1dD[:, i])
-                self.of_head_by_rollouts = _add_product(self.of_head_by_rollouts, *product)
+                _add_product(self.of_head_by_rollouts_VD, grad_C1dV[:, i].T, states_C1dD[:, i])
 
     def give_out(self, grad_ce: Tensor | None, grad_kl_d: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """For hidden states, head and rollouts: scaled in place, since copies of them would be the peak of memory."""
-        hidden_ND, head_VD, rollouts_dMD = self.hidden_ND, None, self.rollouts_dMD
-        if grad_ce is None:
-            hidden_ND = torch.zeros_like(hidden_ND)
-        else:
-            self._only_once("cross-entropy")
-            hidden_ND *= grad_ce
-            head_VD = self.of_head if self.of_head is None else self.of_head.mul_(grad_ce)
-        if grad_kl_d is None:
-            rollouts_dMD = torch.zeros_like(rollouts_dMD)
-        else:
-            self._only_once("the rollouts' loss")
-            rollouts_dMD *= grad_kl_d[:, None, None]
-            if self.of_head_by_rollouts is not None:
-                by_rollouts_VD = self.of_head_by_rollouts.mul_(grad_kl_d.mean())
-                head_VD = by_rollouts_VD if head_VD is None else head_VD.add_(by_rollouts_VD)
-        head_VD = torch.zeros_like(self.head_VD) if head_VD is None else head_VD.to(self.head_VD.dtype)
-        return hidden_ND, head_VD, rollouts_dMD
+        hidden_ND, head_VD = self._share(grad_ce, "cross-entropy", self.hidden_ND, self.of_head_VD)
+        per_step_d11, mean = (None, None) if grad_kl_d is None else (grad_kl_d[:, None, None], grad_kl_d.mean())
+        (rollouts_dMD,) = self._share(per_step_d11, "the rollouts' loss", self.rollouts_dMD)
+        if self.of_head_by_rollouts_VD is not None and mean is not None:
+            head_VD = head_VD.add_(self.of_head_by_rollouts_VD.mul_(mean))
+        return hidden_ND, head_VD.to(self.head_VD.dtype), rollouts_dMD
 
-    def _only_once(self, what: str) -> None:
+    def _share(self, upstream: Tensor | None, what: str, *gradients: Tensor) -> list[Tensor]:
+        """The gradients times the one that came from upstream; zeros where none did."""
+        if upstream is None:
+            return [torch.zeros_like(gradient) for gradient in gradients]
         if what in self.given_out:
             raise RuntimeError(f"the gradients of {what} were taken before, and can be taken once")
         self.given_out.add(what)
+        return [gradient.mul_(upstream) for gradient in gradients]
 
 
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right, summed in at least float32 and in place; None stands for zero."""
-    dtype = torch.promote_types(left.dtype, torch.float32)
-    if total is None:
-        return (left @ right).to(dtype)
-    if left.dtype == dtype:
-        return total.addmm_(left, right)
-    return total.add_(left @ right)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in place."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

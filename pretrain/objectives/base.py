@@ -36,7 +36,8 @@ class TokenBatch:
     ) -> TokenBatch:
         """The data pipeline's batch as tensors on `device`."""
         arrays = (batch.tokens, batch.document_ids, batch.positions, batch.target_mask)
-        return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays), row_seeds)
+        tensors = [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
+        return cls(*tensors, row_seeds=row_seeds)
 
 
 def row_seeds(seed: int, samples: Iterable[int]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Cross-entropy and the rollouts' token loss in one pass over chunks of positions, with no (tokens × vocabulary) tensor.
+"""Cross-entropy and the rollouts' token loss, chunk of positions by chunk, with no (tokens × vocabulary) tensor.
 
 The teacher of a rollout that lands on position s is the next-token distribution at s, which cross-entropy computes
 anyway. So a chunk's teachers and students go through the head in one product; their logits are turned in place into

@@ -83,6 +83,7 @@ def open_data(config: Config) -> tuple[RunData, Stream, int]:
     run_data = RunData(config, datasets, _open_stream(config, datasets))
     run_data.tokenizer()  # refused unless its file is the one that made the tokens
     read_validation(run_data, Ranks(0, 1, 0, 1))  # a split with nothing in it is better met now than at the end
+    check_horizon(config, datasets)
     if config.model.init_from is not None:
         init_from.check_folder(Path(config.model.init_from), config, vocab_size, first.tokenizer_fingerprint)
     return run_data, run_data.stream, vocab_size
@@ -104,6 +105,31 @@ def _open_stream(config: Config, datasets: dict[str, Dataset]) -> Stream:
         shard_window=data.shard_window,
         groups=data.groups,
         on_damage=data.on_damage,
+    )
+
+
+def check_horizon(config: Config, datasets: dict[str, Dataset]) -> None:
+    """UserError where no training document is long enough for a single rollout over the whole horizon.
+
+    Over i steps it needs i + 1 tokens, the document's EOS among them. Looks no further than it must.
+    """
+    horizon, longest = getattr(config.objective, "horizon", 0), 0
+    if horizon == 0:
+        return
+    for split in (dataset.split("train") for dataset in datasets.values()):
+        for shard, entry in enumerate(split.shards):
+            try:
+                lengths = np.diff(split.file(shard, "documents"), append=entry["tokens"])
+            except UserError:
+                if config.data.on_damage == "stop":
+                    raise
+                continue
+            longest = max(longest, int(lengths.max(initial=0)))
+            if longest > horizon:
+                return
+    raise UserError(
+        f"objective.horizon={horizon} needs documents of {horizon + 1} tokens, and the longest of "
+        f"{', '.join(datasets)} has {longest}; shorten the horizon, or give longer documents"
     )
 
 
@@ -148,6 +174,11 @@ def read_validation(data: RunData, ranks: Ranks) -> dict[str, Sequence[Batch]]:
         for name, split in splits.items()
         if split.tokens > 1 or not data.is_mixture
     }
+
+
+def first_validation_batches(data: RunData) -> Sequence[Batch]:
+    """The same batches on every rank: those of the first source that has a validation split."""
+    return next(iter(read_validation(data, Ranks(0, 1, 0, 1)).values()))
 
 
 # ---- batches on their way to the accelerator

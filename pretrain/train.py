@@ -19,14 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline import Batch, Stream, UserError, run_command
-from pretrain import checkpoints, distributed, faults, schedules
+from pretrain import checkpoints, distributed, faults
 from pretrain.checkpoints import TrainState
 from pretrain.config import Config, dump_config, load_config
+from pretrain.diagnostics import diagnose, warn_if_nothing_is_predicted
 from pretrain.distributed import Ranks, all_reduce_sum
-from pretrain.engine import build_engine, gradient_norm
+from pretrain.engine import build_engine, gradient_norm, set_learning_rates
 from pretrain.metrics import Metrics
-from pretrain.objectives import TokenBatch
-from pretrain.run_data import host_memory, open_data, skipped_sequences
+from pretrain.objectives import TokenBatch, row_seeds
+from pretrain.run_data import first_validation_batches, host_memory, open_data, skipped_sequences
 from pretrain.step_clock import StepClock
 from pretrain.validation import reduce_losses, validate
 
@@ -70,6 +71,8 @@ def train(config: Config) -> bool:
             is_last = stopped or state.step == last_step
             if due(config.validation.every, state.step) or state.step == config.total_steps:
                 record |= validate(engine, config, dataset, ranks, device)
+            if due(config.metrics.diagnostics_every, state.step):
+                record |= diagnose(engine, first_validation_batches(dataset), device)
             metrics.record(record)
             if due(config.checkpoint.every, state.step) or is_last:
                 state.metrics_bytes = metrics.durable_bytes()
@@ -128,11 +131,12 @@ def optimizer_step(
     Returns the losses (means over the global batch), learning rate and gradient norm; and whether any rank was
     told to stop. Raises UserError, before anything is applied, if the loss is not finite.
     """
-    rate = schedules.learning_rate(config, step)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    micro_batches = split_rows(batch, config.batch.micro_sequences, device)
+    rate = set_learning_rates(engine, config, step)
+    first_sample = step * config.batch.global_sequences + ranks.rank * len(batch.tokens)
+    seeds = row_seeds(config.run.seed, range(first_sample, first_sample + len(batch.tokens)))
+    micro_batches = split_rows(batch, config.batch.micro_sequences, device, seeds)
     counts = all_reduce_sum(torch.stack([engine.module.objective.valid_counts(b) for b in micro_batches]).sum(0))
+    warn_if_nothing_is_predicted(counts, step, ranks.is_first)
 
     sums: dict[str, Tensor] = {}
     for number, micro_batch in enumerate(micro_batches):
@@ -153,9 +157,10 @@ def optimizer_step(
     return means | {"learning_rate": rate, "grad_norm": grad_norm}, stopped
 
 
-def split_rows(batch: Batch, rows: int, device: torch.device) -> list[TokenBatch]:
+def split_rows(batch: Batch, rows: int, device: torch.device, seeds: tuple[int, ...]) -> list[TokenBatch]:
     """A rank's rows as micro-batches on its device."""
-    return [TokenBatch.from_numpy(batch.rows(i, i + rows), device) for i in range(0, len(batch.tokens), rows)]
+    starts = range(0, len(batch.tokens), rows)
+    return [TokenBatch.from_numpy(batch.rows(i, i + rows), device, seeds[i : i + rows]) for i in starts]
 
 
 def due(every: int | None, step: int) -> bool:

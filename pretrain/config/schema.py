@@ -117,11 +117,16 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW. Weight decay applies to matrices; norms have none."""
+    """AdamW or Muon. Weight decay applies to matrices; norms have none."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: DeepSpeed's Muon for the matrices of trunk and p_psi, AdamW for embedding, head and norms."""
     learning_rate: PositiveFloat
-    """Peak learning rate."""
+    """Peak learning rate (of AdamW's part)."""
+    muon_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of Muon's part, in units of an update's spectral norm, such as 0.02."""
+    muon_momentum: Fraction = 0.95
+    """Decay of Muon's momentum."""
     weight_decay: NonNegativeFloat
     """Decoupled weight decay."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
@@ -130,6 +135,22 @@ class OptimizerConfig(Section):
     """Added to the root of the second moment."""
     gradient_clip: PositiveFloat | None
     """Largest global norm of the gradient; null switches clipping off."""
+
+    @model_validator(mode="after")
+    def _check_muon(self) -> OptimizerConfig:
+        if self.name == "muon" and self.muon_learning_rate is None:
+            raise ValueError("missing key optimizer.muon_learning_rate; optimizer.name=muon needs it, such as 0.02")
+        if self.name != "muon" and self.muon_learning_rate is not None:
+            raise ValueError(
+                f"optimizer.muon_learning_rate={self.muon_learning_rate} has no meaning for optimizer.name="
+                f"{self.name}; leave it out, or use muon"
+            )
+        if self.name == "muon" and self.gradient_clip is not None:
+            raise ValueError(
+                f"optimizer.gradient_clip={self.gradient_clip} would clip Muon's orthogonal updates, whose size is "
+                "not that of the gradient; set it to null"
+            )
+        return self
 
 
 class ScheduleConfig(Section):
@@ -194,6 +215,8 @@ class MetricsConfig(Section):
 
     console_every: PositiveInt = 1
     """Steps between two console lines."""
+    diagnostics_every: PositiveInt | None = 100
+    """Steps between two sets of diagnostics (pretrain/diagnostics.py); null: none."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases; its run id is kept in the run's folder."""
     wandb_project: str = "nextlat"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import UserError
+from pretrain.checkpoints.unpickling import why_not_data_only
 from pretrain.distributed import Ranks
 
 MANIFEST = "manifest.json"
@@ -73,7 +74,10 @@ def find_problems(folder: Path, ranks: Ranks) -> list[str]:
 
 
 def check_file(path: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with one file, to be read after its name; None if nothing is."""
+    """What is wrong with one file, to be read after its name; None if nothing is.
+
+    A file that is as listed and would run code when unpickled is wrong too: whoever can write it can list it.
+    """
     try:
         size = path.stat().st_size
         if size != entry["bytes"]:
@@ -85,7 +89,7 @@ def check_file(path: Path, entry: dict[str, Any]) -> str | None:
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None
+    return why_not_data_only(path) if path.suffix == ".pt" else None
 
 
 def flush_and_hash(folder: Path, paths: Iterable[Path]) -> FileEntries:

@@ -176,7 +176,7 @@ def test_a_mirror_that_cannot_be_read_is_no_reason_to_begin_again(
 
 def test_an_unknown_kind_of_url_is_one_line(tmp_path: Path, tiny_data: Path) -> None:
     config = make_config(tmp_path, tiny_data, {"checkpoint.mirror": "s4://bucket/run"})
-    with pytest.raises(UserError, match="checkpoint.mirror=s4://bucket/run: Protocol not known"):
+    with pytest.raises(UserError, match=r"checkpoint\.mirror=s4://bucket/run: Protocol not known"):
         find_start(config, ALONE)
 
 

@@ -49,6 +49,10 @@ PATIENCE_AFTER_AN_ERROR = 60.0
 """Seconds that a failing run gives a save in progress before it leaves it unfinished."""
 
 
+class _AbandonedError(OSError):
+    """There is nothing to publish: another rank has told why."""
+
+
 @dataclass
 class _Save:
     """One save, from the copy to the final name."""
@@ -156,7 +160,7 @@ class Saver:
             save.thread = threading.Thread(target=self._finish, args=(save,), daemon=True)
             save.thread.start()
         elif self.ranks.is_first:
-            _warn(save, self.config)
+            _warn(save, self.config, self.ranks)
         if save.thread is None or not self.config.checkpoint.in_background:
             self.settle()
         save.stall_seconds = time.perf_counter() - start
@@ -169,10 +173,11 @@ class Saver:
             return
         if save.thread is not None:
             save.written.wait()
-            if _first(gather_objects(save.problem)) is not None:
+            problem = _first(gather_objects(save.problem))
+            if problem is not None:
                 save.abandoned.set()
             save.thread.join()
-            save.problem = _first(gather_objects(save.problem))
+            save.problem = problem or _first(gather_objects(save.problem))
         self._tell(save)
         if save.problem is None:
             self._failures_in_a_row = 0
@@ -234,9 +239,10 @@ class Saver:
         except Exception as error:  # the main thread must hear of whatever it is
             save.problem = describe(error)
             save.written.set()
+            if not isinstance(error, _AbandonedError):
+                _warn(save, self.config, self.ranks)
             if self.ranks.is_first:
                 shutil.rmtree(save.unfinished, ignore_errors=True)
-                _warn(save, self.config)
 
     def _write(self, save: _Save) -> None:
         """Write this rank's files, and their checksums beside them."""
@@ -254,7 +260,7 @@ class Saver:
             part = save.unfinished / PART.format(rank)
             while not part.exists():
                 if save.abandoned.wait(POLL_SECONDS):
-                    raise OSError("another rank could not write its files")
+                    raise _AbandonedError("another rank could not write its files")
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"rank {rank} did not finish writing")
             files |= json.loads(part.read_text(encoding="utf-8"))
@@ -326,9 +332,9 @@ def _first(problems: list[str | None]) -> str | None:
 _REMEDY = "free some space or mend the file system, and start the same command again"
 
 
-def _warn(save: _Save, config: Config) -> None:
+def _warn(save: _Save, config: Config, ranks: Ranks) -> None:
     print(
-        f"warning: {save.path}: not saved: {save.problem}; the run goes on, and ends if more than "
+        f"warning: rank {ranks.rank}: {save.path}: not saved: {save.problem}; the run goes on, and ends if more than "
         f"{config.checkpoint.failures_allowed} saves in a row fail",
         file=sys.stderr,
         flush=True,

@@ -77,6 +77,7 @@ def train(config: Config) -> bool:
             clock.restart()
             if is_last:
                 break
+        saver.settle()  # what is said now is true only once the checkpoint is whole
         if state.step < config.total_steps:
             why = f"received {stop.received.name}" if stop.received else "stopped"
             metrics.say(f"{why} at step {state.step} of {config.total_steps}; the same command goes on from there")

@@ -82,7 +82,10 @@ class CheckpointFiles(CheckpointEngine):
                 empty = torch.empty(0, dtype=value.dtype)
                 return empty.set_(self._storages[key], value.storage_offset(), value.shape, value.stride())
             case dict():
-                return type(value)((key, self._copied(item)) for key, item in value.items())
+                copied = copy.copy(value)
+                for key, item in value.items():
+                    copied[key] = self._copied(item)
+                return copied
             case list() | tuple() if type(value) in (list, tuple):
                 return type(value)(self._copied(item) for item in value)
             case _:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 
@@ -63,10 +62,9 @@ def find_whole(folder: Path, ranks: Ranks) -> Path | None:
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, path: Path, config: Config, ranks: Ranks) -> TrainState:
     """Load weights, optimizer and generators from a verified checkpoint that `check_same_run` has accepted.
 
-    Where ranks, ZeRO stage and precision are those of the save, DeepSpeed loads its own files; otherwise they are read
-    by name into the shape that the engine has now.
+    Where ranks, ZeRO stage, precision and optimizer are those of the save, DeepSpeed loads its own files; otherwise
+    they are read by name into the shape that the engine has now.
     """
-    groups = [{key: copy.copy(value) for key, value in group.items() if key != "params"} for group in _groups(engine)]
     if is_same_shape(engine, path, config, ranks):
         CheckpointFiles().take_over(engine)
         loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
@@ -74,17 +72,18 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, path: Path, config: Confi
             raise UserError(f"{path}: DeepSpeed could not load it; see its messages above")
     else:
         if ranks.is_first:
-            print(f"{path}: was written in another shape, by {read_state(path)['ranks']} ranks; reading it by name")
+            print(f"{path}: written by {read_state(path)['ranks']} ranks in another shape; reading it by name")
         load_by_name(engine, path)
-    # Torch's optimizers take weight decay and the like from what they load; here the config has the last word.
-    for group, wanted in zip(_groups(engine), groups, strict=True):
-        group.update(wanted)
     restore_generators(path, ranks)
     return read_train_state(path)
 
 
 def is_same_shape(engine: deepspeed.DeepSpeedEngine, path: Path, config: Config, ranks: Ranks) -> bool:
-    """Whether a checkpoint's files are laid out as this engine would write them."""
+    """Whether a checkpoint's files are as this engine would write them.
+
+    A changed optimizer section counts as another shape: it may group parameters differently, and DeepSpeed would
+    take weight decay and the like from the checkpoint.
+    """
     saved, old = read_state(path), load_config(path / CONFIG)
     dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
     return (
@@ -92,12 +91,8 @@ def is_same_shape(engine: deepspeed.DeepSpeedEngine, path: Path, config: Config,
         and saved["precision"] == dtype
         and saved["versions"]["deepspeed"] == deepspeed.__version__
         and old.deepspeed == config.deepspeed
-        and old.optimizer.name == config.optimizer.name
+        and old.optimizer == config.optimizer
     )
-
-
-def _groups(engine: deepspeed.DeepSpeedEngine) -> list[dict[str, object]]:
-    return list(engine.optimizer.param_groups)
 
 
 def _restored(mirror: Mirror, run: Path, ranks: Ranks) -> Path | None:

@@ -13,12 +13,15 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,15 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gather_objects(mine: T) -> list[T]:
+    """One object from every rank, on every rank; also without a process group."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[T] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def barrier() -> None:

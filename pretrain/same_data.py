@@ -65,6 +65,9 @@ def check_same_data(recorded: dict[str, Any], data: RunData, steps: int, checkpo
 def data_difference(old: dict[str, Any], new: dict[str, Any], tokens: int) -> str | None:
     """The first thing in which two descriptions read differently within so many tokens, new before old; or None."""
     before, after = old["sources"], new["sources"]
+    if old["tokenizer_fingerprint"] != new["tokenizer_fingerprint"]:
+        was, now = (f"{data['tokenizer_fingerprint'][:12]} ({data['tokenizer_kind']})" for data in (old, new))
+        return f"data {new['path']} was made with the tokenizer {now}, not the {was}"
     if len(before) != len(after):
         return f"data.sources={', '.join(after)}, not {', '.join(before)}"
     for name, was, now in zip(after, before.values(), after.values(), strict=True):

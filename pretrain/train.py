@@ -41,9 +41,7 @@ def train(config: Config) -> bool:
     config.batch.accumulation_steps(distributed.discover(os.environ).world)
     stop = faults.StopSignals()
     ranks, device = distributed.start(config.faults.collective_timeout_minutes)
-    checkpoint = checkpoints.find_whole(config.run.folder / "checkpoints", ranks)
-    if checkpoint is not None and not config.run.resume:
-        raise UserError(f"{config.run.folder}: holds checkpoints and run.resume is false; choose another run.name")
+    checkpoint = checkpoints.find_start(config, ranks)
     if checkpoint is not None:
         done = checkpoints.check_same_run(checkpoint, config, dataset, ranks)
         if done >= config.total_steps:
@@ -54,11 +52,14 @@ def train(config: Config) -> bool:
     prepare_folder(config, ranks)
 
     engine = build_engine(config, vocab_size, ranks.world, device)
-    state = resume(engine, checkpoint, ranks)
+    state = resume(engine, checkpoint, config, ranks)
     first_step = state.step
     last_step = min(config.total_steps, first_step + (config.run.stop_after or config.total_steps))
 
-    with Metrics(config, ranks.is_first, state.metrics_bytes, first_step) as metrics:
+    with (
+        Metrics(config, ranks.is_first, state.metrics_bytes, first_step) as metrics,
+        checkpoints.Saver(engine, config, dataset, vocab_size, ranks, metrics.say) as saver,
+    ):
         clock = StepClock(config, vocab_size, ranks, device)
         for batch in stream.batches(first_step, last_step, ranks.rank, ranks.world, host_memory(device)):
             clock.data_is_here()
@@ -73,16 +74,14 @@ def train(config: Config) -> bool:
                 record |= validate(engine, config, dataset, ranks, device)
             if due(config.metrics.diagnostics_every, state.step):
                 record |= diagnose(engine, first_validation_batches(dataset), device)
-            metrics.record(record)
+            metrics.record(record | saver.report())
             if due(config.checkpoint.every, state.step) or is_last:
                 state.metrics_bytes = metrics.durable_bytes()
-                path = checkpoints.save_checkpoint(
-                    engine, config.run.folder / "checkpoints", state, config, dataset, vocab_size, ranks
-                )
-                metrics.say(f"saved {path}")
+                saver.save(state, record.get("val_loss_next_token"))
             clock.restart()
             if is_last:
                 break
+        saver.settle()  # what is said now is true only once the checkpoint is whole
         if state.step < config.total_steps:
             why = f"received {stop.received.name}" if stop.received else "stopped"
             metrics.say(f"{why} at step {state.step} of {config.total_steps}; the same command goes on from there")
@@ -106,11 +105,11 @@ def write_outcome(config: Config, outcome: str, step: int) -> None:
     (config.run.folder / "outcome").write_text(f"{outcome} at step {step}\n", encoding="utf-8")
 
 
-def resume(engine: deepspeed.DeepSpeedEngine, checkpoint: Path | None, ranks: Ranks) -> TrainState:
+def resume(engine: deepspeed.DeepSpeedEngine, checkpoint: Path | None, config: Config, ranks: Ranks) -> TrainState:
     """Go on from a checkpoint, or start from the initial weights."""
     if checkpoint is None:
         return TrainState()
-    state = checkpoints.load_checkpoint(engine, checkpoint)
+    state = checkpoints.load_checkpoint(engine, checkpoint, config, ranks)
     if ranks.is_first:
         print(f"going on from {checkpoint}, step {state.step}", flush=True)
     return state

@@ -15,12 +15,13 @@ from pretrain.config.objectives import (
     NextTokenConfig,
     ObjectiveConfig,
 )
-from pretrain.config.schema import BatchConfig, Config, ModelConfig, OptimizerConfig, RunConfig
+from pretrain.config.schema import BatchConfig, CheckpointConfig, Config, ModelConfig, OptimizerConfig, RunConfig
 
 __all__ = [
     "OBJECTIVES",
     "BatchConfig",
     "BstConfig",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "JtpConfig",

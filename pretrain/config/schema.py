@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_pipeline import UserError
 from pretrain.config.data import DataConfig
@@ -23,12 +23,20 @@ class RunConfig(Section):
     """Folder that holds the runs."""
     seed: NonNegativeInt = 0
     """Seeds the initial weights and the order of the data."""
-    resume: bool = True
-    """Go on from the newest whole checkpoint in the run's folder; with false, a folder in use is an error."""
+    resume: Literal["never", "auto", "must"] = "auto"
+    """auto: go on from the newest whole checkpoint, if there is one; must: one must be there; never: none may be."""
     stop_after: PositiveInt | None = None
     """Save and stop cleanly after this many steps of this start."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _check_resume(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            word = "auto or must" if value else "never"
+            raise ValueError(f"run.resume={str(value).lower()} is no truth value any more; write {word}")
+        return value
 
     @property
     def folder(self) -> Path:
@@ -201,6 +209,25 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; null: at the end alone."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints at multiples of so many steps stay for ever."""
+    keep_best: NonNegativeInt = 0
+    """How many of those with the lowest validation loss stay."""
+    mirror: str | None = None
+    """A folder or URL (any that fsspec knows, such as s3://bucket/run) that gets a second copy, in the background."""
+    in_background: bool = True
+    """Copy a checkpoint in host memory and write the copy while training goes on; false: training waits."""
+    failures_allowed: NonNegativeInt = 2
+    """How many saves in a row may fail before the run ends."""
+
+    @model_validator(mode="after")
+    def _check_keep_every(self) -> CheckpointConfig:
+        if self.keep_every is not None and (self.every is None or self.keep_every % self.every):
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} is not a multiple of checkpoint.every={self.every}; "
+                "there would be no checkpoint to keep at those steps"
+            )
+        return self
 
 
 class FaultsConfig(Section):
@@ -273,6 +300,12 @@ class Config(Section):
             raise ValueError(
                 f"{given}: {self.warmup_steps} warm-up and {self.decay_steps} decay steps do not fit into "
                 f"{self.total_steps} steps; shorten them or lengthen the run"
+            )
+        saved, validated = self.checkpoint.every, self.validation.every
+        if self.checkpoint.keep_best and (saved is None or validated is None or saved % validated):
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation with each checkpoint, and "
+                f"checkpoint.every={saved} is not a multiple of validation.every={validated}; make it one"
             )
         derived = {
             "train_batch_size": "batch.global_sequences",

@@ -54,8 +54,9 @@ def test_a_word_stays_a_word(word: str, tmp_path: Path):
 
 def test_off_is_a_word_and_true_is_a_truth_value(tmp_path: Path):
     text = TEXT + "metrics: {wandb: off}\n"
-    config = load(tmp_path, "run.resume=false", "model.tie_embeddings=True", text=text)
-    assert config.metrics.wandb == "off" and config.run.resume is False and config.model.tie_embeddings is True
+    config = load(tmp_path, "checkpoint.in_background=false", "model.tie_embeddings=True", text=text)
+    assert config.metrics.wandb == "off" and config.model.tie_embeddings is True
+    assert config.checkpoint.in_background is False
 
 
 def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path: Path):
@@ -105,7 +106,7 @@ def test_overrides_do_not_change_the_file_or_a_later_load(tmp_path: Path):
     [
         [],
         ["optimizer.learning_rate=1e-8", "optimizer.epsilon=1e-12", "optimizer.gradient_clip=null"],
-        ["metrics.wandb=offline", "metrics.wandb_project='off'", "run.resume=false"],
+        ["metrics.wandb=offline", "metrics.wandb_project='off'", "run.resume=never"],
         ["schedule.name=wsd", "schedule.decay_tokens=100", "schedule.warmup_tokens=1000"],
         ["deepspeed.zero_optimization.stage=0", "deepspeed.comms_logger={enabled: true, prof_ops: [a, b]}"],
         ["data.path=/bücket/a b", "model.init_from='null'"],

@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,14 @@ class TrainState:
     """Tokens read."""
     metrics_bytes: int = 0
     """Length of metrics.jsonl; what was written after the checkpoint is cut off and written again."""
+    skipped_steps: int = 0
+    """Steps whose batches left no trace in the weights: skipped, or lost by going back to a checkpoint."""
+    skipped_in_a_row: int = 0
+    """How many steps before the next one were not applied."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses of the last applied steps, by which the next one's is judged; empty where nothing is judged."""
+    line: dict[str, Any] | None = None
+    """The last step's line of metrics, if the run was told to stop before its validation was done; else written."""
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
@@ -111,12 +119,15 @@ def save_checkpoint(
     return path
 
 
-def find_whole(folder: Path, ranks: Ranks) -> Path | None:
+def find_whole(folder: Path, ranks: Ranks, every: int = 1) -> Path | None:
     """The newest checkpoint under `folder` whose every file is as recorded; None where there is none.
 
-    All ranks share the hashing and come to the same answer. Damaged checkpoints are named on stderr.
+    Only those at multiples of `every` steps count. All ranks share the hashing and come to the same answer. Damaged
+    checkpoints are named on stderr.
     """
     for path in sorted(folder.glob("step_*"), reverse=True):
+        if int(path.name.removeprefix("step_")) % every:
+            continue
         problems = [problem for found in _gather_list(_problems(path, ranks)) for problem in found]
         if not problems:
             return path
@@ -131,7 +142,7 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, path: Path) -> TrainState
     if loaded is None:
         raise UserError(f"{path}: DeepSpeed could not load it; see its messages above")
     saved = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return TrainState(**{key: saved[key] for key in ("step", "tokens", "metrics_bytes")})
+    return TrainState(**{one.name: saved[one.name] for one in fields(TrainState) if one.name in saved})
 
 
 @dataclass(frozen=True)

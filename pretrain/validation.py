@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import deepspeed
 import torch
 from torch import Tensor
@@ -16,9 +18,17 @@ Losses = dict[str, float]
 
 
 def validate(
-    engine: deepspeed.DeepSpeedEngine, config: Config, dataset: Dataset, ranks: Ranks, device: torch.device
-) -> Losses:
-    """Every loss on the validation split, as `val_…`, a mean over all of its positions."""
+    engine: deepspeed.DeepSpeedEngine,
+    config: Config,
+    dataset: Dataset,
+    ranks: Ranks,
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Losses | None:
+    """Every loss on the validation split, as `val_…`, a mean over all of its positions.
+
+    None if `interrupted`, which is asked before each batch and must say the same on every rank, says yes.
+    """
     batches = read_validation(config, dataset, ranks)
     objective = engine.module.objective
     engine.eval()
@@ -27,6 +37,9 @@ def validate(
         all_reduce_sum(counts)
         sums: dict[str, Tensor] = {}
         for batch in batches:
+            if interrupted():
+                engine.train()
+                return None
             for name, value in engine(TokenBatch.from_numpy(batch, device), counts).items():
                 sums[name] = sums.get(name, 0.0) + value
     engine.train()

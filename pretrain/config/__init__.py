@@ -6,13 +6,22 @@ is refused with one line that names the file, the key, the value and what would 
 
 from pretrain.config.loading import dump_config, load_config
 from pretrain.config.objectives import OBJECTIVES, NextLatConfig, NextTokenConfig, ObjectiveConfig
-from pretrain.config.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from pretrain.config.schema import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    FaultsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 
 __all__ = [
     "OBJECTIVES",
     "BatchConfig",
     "Config",
     "DataConfig",
+    "FaultsConfig",
     "ModelConfig",
     "NextLatConfig",
     "NextTokenConfig",

@@ -44,13 +44,15 @@ def find_start(config: Config, ranks: Ranks) -> Path | None:
     return found
 
 
-def find_whole(folder: Path, ranks: Ranks) -> Path | None:
+def find_whole(folder: Path, ranks: Ranks, every: int = 1) -> Path | None:
     """The newest checkpoint under `folder` whose every file is as recorded; None where there is none.
 
-    All ranks share the hashing and come to the same answer. Damaged checkpoints are named on stderr. Raises UserError
-    for one that a newer version of this project wrote.
+    Only those at multiples of `every` steps count. All ranks share the hashing and come to the same answer. Damaged
+    checkpoints are named on stderr. Raises UserError for one that a newer version of this project wrote.
     """
-    for path in saved_steps(folder).values():
+    for step, path in saved_steps(folder).items():
+        if step % every:
+            continue
         problems = [problem for found in gather_objects(find_problems(path, ranks)) for problem in found]
         if not problems:
             return path

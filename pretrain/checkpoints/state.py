@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import random
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,14 @@ class TrainState:
     """Tokens read."""
     metrics_bytes: int = 0
     """Length of metrics.jsonl; what was written after the checkpoint is cut off and written again."""
+    skipped_steps: int = 0
+    """Steps whose batches left no trace in the weights: skipped, or lost by going back to a checkpoint."""
+    skipped_in_a_row: int = 0
+    """How many steps before the next one were not applied."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses of the last applied steps, by which the next one's is judged; empty where nothing is judged."""
+    line: dict[str, Any] | None = None
+    """The last step's line of metrics, if the run was told to stop before its validation was done; else written."""
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -45,7 +53,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def read_train_state(path: Path) -> TrainState:
     """The run's counters in a verified checkpoint."""
     saved = read_state(path)
-    return TrainState(**{field.name: saved[field.name] for field in fields(TrainState) if field.name in saved})
+    return TrainState(**{one.name: saved[one.name] for one in fields(TrainState) if one.name in saved})
 
 
 def describe_run(

@@ -15,7 +15,15 @@ from pretrain.config.objectives import (
     NextTokenConfig,
     ObjectiveConfig,
 )
-from pretrain.config.schema import BatchConfig, CheckpointConfig, Config, ModelConfig, OptimizerConfig, RunConfig
+from pretrain.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    FaultsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 
 __all__ = [
     "OBJECTIVES",
@@ -24,6 +32,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "FaultsConfig",
     "JtpConfig",
     "ModelConfig",
     "MtpConfig",

@@ -27,6 +27,8 @@ class RunConfig(Section):
     """auto: go on from the newest whole checkpoint, if there is one; must: one must be there; never: none may be."""
     stop_after: PositiveInt | None = None
     """Save and stop cleanly after this many steps of this start."""
+    wall_clock_minutes: PositiveFloat | None = None
+    """Save and stop cleanly, with exit code 75, so long after the start. Leave room for one step and a save."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
 
@@ -235,6 +237,21 @@ class FaultsConfig(Section):
 
     collective_timeout_minutes: PositiveFloat = 30.0
     """A rank that waits longer than this for the others gives up."""
+    hang_minutes: PositiveFloat = 10.0
+    """If all ranks are in one phase of a step (data, forward, …) longer than this, the run ends with exit code 76."""
+    slow_phase_minutes: PositiveFloat = 25.0
+    """The same for starting, loading, the first step, saving and validation; at least `hang_minutes`."""
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """What follows a loss or gradient that is not finite, whose step is never applied. skip: the next batch. rollback:
+    the weights of the last checkpoint by schedule, and the next batch: all since that checkpoint are stepped over."""
+    spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    """The same for a loss far above the recent ones."""
+    spike_z: PositiveFloat = 10.0
+    """How far: in deviations (1.4826·MAD) above the median of the recent losses."""
+    spike_window: Annotated[int, Field(ge=8)] = 128
+    """How many applied steps the recent losses are."""
+    in_a_row: PositiveInt = 5
+    """More steps than this in a row that were not applied stop the run."""
 
 
 class MetricsConfig(Section):
@@ -324,6 +341,8 @@ class Config(Section):
         if not isinstance(self.deepspeed.get("zero_optimization", {}), dict):
             value = self.deepspeed["zero_optimization"]
             raise ValueError(f"deepspeed.zero_optimization={value!r} must be a mapping, such as {{stage: 3}}")
+        if self.checkpoint.every is None and "rollback" in (self.faults.non_finite, self.faults.spike):
+            raise ValueError("faults: rollback goes back to the last of checkpoint.every steps; set checkpoint.every")
         stage = self.zero_stage
         if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
             raise ValueError(f"deepspeed.zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from data_pipeline import UserError
+from pretrain.decoding.dynamics_folder import load_dynamics
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_config, llama_name
 from pretrain.latent_dynamics import LatentDynamics
 from pretrain.model import PretrainingModel
@@ -101,20 +102,6 @@ def load_folder(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, Latent
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     return model, tokenizer, load_dynamics(path / "nextlat", model.dtype)
-
-
-def load_dynamics(folder: Path, dtype: torch.dtype) -> LatentDynamics | None:
-    """p_ψ from an export's nextlat/ folder, in `dtype`; None where there is no such folder."""
-    from safetensors.torch import load_file
-
-    if not folder.is_dir():
-        return None
-    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        dynamics = LatentDynamics(shape["width"], shape["hidden_width"])
-    weights = load_file(folder / "model.safetensors")
-    dynamics.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
-    return dynamics.eval()
 
 
 def draft_vocabulary(choice: str, export: Export) -> list[int]:

@@ -73,7 +73,7 @@ train() {
 # Containers have no scontrol: the ranks are told where to meet. The port follows from the job and its restarts.
 [ -n "${DRY_RUN:-}" ] || export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 preflight() { "$CODE/slurm/preflight.sh" "$logs/preflight"; }
-with_preflight=${PREFLIGHT:-$((${SLURM_JOB_NUM_NODES:-1} > 1))} # what one node has to say, the run says as well
+with_preflight=${PREFLIGHT:-$((${SLURM_JOB_NUM_NODES:-2} > 1))} # what one node has to say, the run says as well
 
 if [ -n "${DRY_RUN:-}" ]; then
   [ "$with_preflight" = 0 ] || preflight

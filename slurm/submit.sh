@@ -16,7 +16,7 @@ while [ $# -gt 0 ] && [[ $1 != *.yaml && $1 != *.yml ]]; do
   shift
 done
 [ $# -gt 0 ] || die "no config (a .yaml file); usage: slurm/submit.sh [sbatch options] CONFIG [section.key=value …]"
-"$PYTHON" -m pretrain.jobs.submission "$@" >/dev/null || exit 2
+"$PYTHON" -m pretrain.config "$@" >/dev/null || exit 2
 exclude=$(excluded_nodes)
 [ -z "$exclude" ] || options=(--exclude="$exclude" ${options[@]+"${options[@]}"}) # one given by hand wins
 
@@ -26,8 +26,9 @@ submit() { # submit OPTION…: sbatch, with what it has to say against it in one
   echo "$said"
 }
 
+estimate=$(submit --test-only ${options[@]+"${options[@]}"} slurm/pretrain.sh "$@") || exit 2
 if [ -n "${DRY_RUN:-}" ]; then
-  submit --test-only ${options[@]+"${options[@]}"} slurm/pretrain.sh "$@"
+  echo "$estimate"
   echo "sbatch $(printf '%q ' ${options[@]+"${options[@]}"} slurm/pretrain.sh "$@")"
   DRY_RUN=1 exec slurm/pretrain.sh "$@"
 fi

@@ -13,8 +13,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from data_pipeline import open_dataset, run_command
+from data_pipeline import run_command
 from pretrain.config import Config, dump_config, load_config
+from pretrain.run_data import open_data
 
 REPOSITORY = Path(__file__).parents[2]
 CODE = ("pretrain", "data_pipeline", "slurm", "configs")
@@ -24,7 +25,7 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__", "site.env", "jobs", "exclude")
 
 def check(config: Config, tasks: int | None) -> None:
     """UserError for what would end the job as soon as it starts."""
-    open_dataset(config.data.path)
+    open_data(config)
     if tasks is not None:
         config.batch.accumulation_steps(tasks)
 

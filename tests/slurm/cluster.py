@@ -1,4 +1,4 @@
-"""A real SLURM cluster on one machine, from Debian's packages, for tests: `cluster.py up | down | cut NODE | mend NODE`.
+"""A real SLURM cluster on one machine, from Debian's packages: `cluster.py up | down | cut NODE | mend NODE`.
 
 Every node is a slurmd of its own in PID, UTS and mount namespaces of its own: it has its own hostname and loopback
 address, and whoever kills its first process kills all of it at once, as a power cut does. Nothing outside of FOLDER is
@@ -8,6 +8,7 @@ which `up` installs with apt-get where they are missing. One network, one clock,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -192,10 +193,8 @@ def kill(name: str) -> None:
 
 def is_ours(pid: int) -> bool:
     """Whether this is a living process of the cluster: process ids are used again."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)  # a child of this very process would stay behind as a zombie
-    except ChildProcessError:
-        pass
     try:
         return str(FOLDER).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -18,7 +18,6 @@ import pytest
 from launch import read_metrics
 from run_configs import write_run_config
 
-
 REPOSITORY = Path(__file__).parents[2]
 SITE = f"""
 PYTHON={sys.executable}

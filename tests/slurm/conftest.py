@@ -87,6 +87,10 @@ class Job:
         return found.group(1) if found else ""
 
     @property
+    def restarts(self) -> int:
+        return int(self.field("Restarts") or 0)
+
+    @property
     def log(self) -> str:
         paths = sorted(self.site.folder.glob(f"slurm-{self.number}*.log"))
         return "\n".join(path.read_text(errors="replace") for path in paths)

@@ -119,18 +119,14 @@ def memory_warnings(config: Config, vocab_size: int, cluster: Cluster, used: Mem
     """One line if it does not fit, with the changes each of which alone would make it."""
     if used.gpu <= cluster.usable_bytes:
         return
-    would_do = []
-    for change, changed, other in alternatives(config, cluster):
-        if memory_per_gpu(changed, vocab_size, other)[0].gpu <= cluster.usable_bytes:
-            would_do.append(change)
-    yield (
-        f"will not fit: {used.gpu / GIB:.1f} GiB are needed on each GPU and {cluster.usable_bytes / GIB:.1f} are usable. "
-        + (
-            f"Any of these would do: {'; '.join(would_do)}"
-            if would_do
-            else "Take more or larger GPUs, or a smaller model"
-        )
-    )
+    would_do = [
+        change
+        for change, changed, other in alternatives(config, cluster)
+        if memory_per_gpu(changed, vocab_size, other)[0].gpu <= cluster.usable_bytes
+    ]
+    remedy = f"Any of these would do: {'; '.join(would_do)}" if would_do else "Take larger GPUs, or a smaller model"
+    needed, usable = used.gpu / GIB, cluster.usable_bytes / GIB
+    yield f"will not fit: {needed:.1f} GiB are needed on each GPU and {usable:.1f} are usable. {remedy}"
 
 
 def alternatives(config: Config, cluster: Cluster) -> Iterator[tuple[str, Config, Cluster]]:

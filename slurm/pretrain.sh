@@ -33,7 +33,7 @@ fi
 use_site
 
 if [ -n "${DRY_RUN:-}" ]; then
-  run=$("$PYTHON" -m pretrain.jobs.submission "$@") || exit 2
+  run=$("$PYTHON" -m pretrain.config "$@") || exit 2
   job=$run/jobs/$SLURM_JOB_ID
 elif [ -e "$link" ]; then
   job=$(readlink -f "$link") run=${job%/jobs/*}

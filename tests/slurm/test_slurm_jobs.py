@@ -10,7 +10,7 @@ from pathlib import Path
 
 import cluster
 import pytest
-from conftest import Job, Site, make_site
+from conftest import Site, make_site
 from launch import read_metrics, run_many, without_times
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("running_cluster")]
@@ -30,17 +30,16 @@ def is_like(run: Path, uninterrupted: list[dict[str, object]]) -> bool:
     return without_times(read_metrics(run)) == uninterrupted
 
 
-def rank_process(job: Job, rank: int) -> int:
-    """The process id of a rank's Python."""
-    wanted = {f"SLURM_JOB_ID={job.number}", f"SLURM_PROCID={rank}"}
+def python_process(variables: set[str]) -> int:
+    """The process id of the Python with these variables in its environment."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            variables = set((path / "environ").read_bytes().decode(errors="replace").split("\0"))
-            if wanted <= variables and (path / "comm").read_text().startswith("python"):
+            environment = set((path / "environ").read_bytes().decode(errors="replace").split("\0"))
+            if variables <= environment and (path / "comm").read_text().startswith("python"):
                 return int(path.name)
         except OSError:
             continue
-    raise AssertionError(f"no process of rank {rank}")
+    raise AssertionError(f"no process with {variables}")
 
 
 def test_two_nodes_by_bare_sbatch_finish_like_the_local_launcher(site: Site, uninterrupted: list) -> None:
@@ -73,7 +72,7 @@ def test_a_time_limit_warns_saves_requeues_and_goes_on(site: Site, uninterrupted
     options = (*TWO_NODES, "--time=3", "--signal=USR2@90")  # SLURM looks every 30 s: 90 to 120 s after the start
     job = site.sbatch(*options, "slurm/pretrain.sh", str(site.config("limited", LONG)))
     job.wait(lambda: job.steps("limited") >= 20)
-    rank = rank_process(job, 1)
+    rank = python_process({f"SLURM_JOB_ID={job.number}", "SLURM_PROCID=1"})
     os.kill(rank, signal.SIGSTOP)  # the whole run waits for its rank, and so cannot be done before its time is
     job.wait(lambda: is_pending(rank, signal.SIGUSR2))
     os.kill(rank, signal.SIGCONT)
@@ -104,7 +103,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(site: Site) -> None:
 def test_a_killed_rank_ends_the_start_at_once_and_the_next_one_goes_on(site: Site, uninterrupted: list) -> None:
     job = site.sbatch(*TWO_NODES, "slurm/pretrain.sh", str(site.config("killed", LONG)))
     job.wait(lambda: job.steps("killed") >= 50)
-    os.kill(rank_process(job, 1), signal.SIGKILL)
+    os.kill(python_process({f"SLURM_JOB_ID={job.number}", "SLURM_PROCID=1"}), signal.SIGKILL)
     job.wait(lambda: job.restarts == 1, seconds=60)
     job.end()
     assert is_like(site.run("killed"), uninterrupted)

@@ -46,7 +46,6 @@ def test_filters_leave_out_and_count(tmp_path: Path) -> None:
 
 
 def test_language_is_told_from_the_text(tmp_path: Path) -> None:
-    pytest.importorskip("py3langid")
     english = "The quick brown fox jumps over the lazy dog and then goes home to sleep for the night."
     german = "Der schnelle braune Fuchs springt über den faulen Hund und geht dann nach Hause, um zu schlafen."
     source = jsonl(tmp_path / "x.jsonl", [{"text": english}, {"text": german}])

@@ -18,11 +18,10 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy
-import sentencepiece
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -168,11 +167,17 @@ def _progress(console: Console) -> Progress:
 
 
 def _software() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "sentencepiece": sentencepiece.__version__,
-    }
+    """The versions of what the bytes of a data set may depend on."""
+    packages = ("numpy", "sentencepiece", "tokenizers", "pyarrow", "datasets", "py3langid")
+    installed = {name: version for name in packages if (version := _version(name))}
+    return {"python": platform.python_version()} | installed
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _summary(dataset: Dataset, records: Mapping[int, Mapping[str, Any]], skipped: Counter[str]) -> Table:

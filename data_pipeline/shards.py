@@ -3,8 +3,8 @@
 DIR/manifest.json             written last: a folder without it is not a data set
 DIR/tokenizer.model|.json     the tokenizer (none for `bytes`)
 DIR/{train,validation}/
-    00000.tokens              little-endian uint16, or uint32 for a vocabulary above 65,536; each document is
-                              [EOS, tokens…]
+    00000.tokens              little-endian uint8, uint16 or uint32, the smallest that holds the vocabulary; each
+                              document is [EOS, tokens…]
     00000.documents           int64: where each document begins in the shard, at its EOS
     00000.prompts             optional, uint32: tokens of each document, after its EOS, that are never targets
     00000.names               optional, text: a line for each document, where it comes from
@@ -34,8 +34,8 @@ MANIFEST = "manifest.json"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest of the two token types that holds ids below vocab_size."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    """The smallest unsigned type that holds ids below vocab_size."""
+    return np.min_scalar_type(max(vocab_size - 1, 0)).newbyteorder("<")
 
 
 # ---- writing

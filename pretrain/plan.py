@@ -228,7 +228,8 @@ def main(argv: list[str] | None = None) -> None:
 def vocabulary(config: Config) -> int:
     """Rows of the embedding: the config's, or the data set's."""
     try:
-        return config.model.vocab_size or open_dataset(config.data.path).vocab_size
+        first = next(iter(config.data.sources_by_name.values()))
+        return config.model.vocab_size or open_dataset(first.path).vocab_size
     except UserError as error:
         raise UserError(f"{error} (or give --vocab-size, to plan without the data)") from None
 

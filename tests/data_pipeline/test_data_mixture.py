@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -130,6 +131,15 @@ def test_annealing_moves_from_one_mixture_to_the_other() -> None:
     counts = np.array([mixture.counts(n * 6400)[1] for n in range(11)])
     assert np.abs(counts - [320 * n * n for n in range(11)]).max() < 30  # n² / 2N of a straight line
     assert (mixture.locate(np.arange(64_000, 65_000))[0] == 1).all()
+
+
+def test_mixtures_are_pinned() -> None:
+    """Resuming a run with another version must go on with the same samples."""
+    mixture = by_phases([*anneal([0.7, 0.2, 0.1], [0.1, 0.2, 0.7], 6_000), Phase((0.5, 0.3, 0.2))])
+    places = np.stack(mixture.locate(np.arange(10_000))).astype("<i8")
+    assert hashlib.sha256(places.tobytes()).hexdigest() == (
+        "c722447014229361f75e59ad7a64746029b81266a502c1a67218f6d59c63d4df"
+    )
 
 
 def test_a_place_far_away_costs_no_more() -> None:

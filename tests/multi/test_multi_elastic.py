@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     for start, world in enumerate(WORLDS):
         configs = []
         for name, (changes, stages) in CHAINS.items():
-            common = {"batch.global_sequences": 12, "checkpoint.keep": 9, **changes}
+            common = {"batch.global_sequences": 12, "batch.micro_sequences": 6, "checkpoint.keep": 9, **changes}
             if start == 0:
                 configs.append(str(write_run_config(folder, tiny_data, f"{name}_alone", common)))
             common |= {"batch.micro_sequences": 2 if world == 3 else 6 // (1 + start % 2)}

@@ -17,8 +17,9 @@ PEAK_TFLOPS = {  # dense bfloat16, from the vendors' data sheets
 def flops_per_token(config: Config, vocab_size: int) -> float:
     """FLOPs of one token, forward and backward (3 × forward, 2 per multiply-add).
 
-    Attention counts the causal half of T × T, as if every row were one document. The KL terms add one head
-    product per rollout step, whose backward pass lacks the product for the head's weight: the head is frozen there.
+    Attention counts the causal half of T × T, as if every row were one document: document masks make whole scores
+    vanish, not the work of the kernels that are used. The KL terms add one head product per rollout step, whose
+    backward pass lacks the product for the head's weight where the head is frozen there.
     """
     model, T = config.model, config.data.sequence_length
     head_width = model.width // model.heads
@@ -31,8 +32,10 @@ def flops_per_token(config: Config, vocab_size: int) -> float:
     if isinstance(config.objective, NextLatConfig):
         d, hidden = config.objective.horizon, config.objective.dynamics_width
         landings = sum(T - i for i in range(1, d + 1)) / T  # p_ψ runs only where a rollout can land
-        total += 3 * 2 * landings * (2 * model.width * hidden + hidden**2 + hidden * model.width)
-        total += 2 * 2 * d * head
+        transition = 2 * model.width * hidden + hidden**2
+        total += 3 * 2 * (model.width * hidden + landings * transition)  # the embeddings' half: once, for every token
+        students = d * max(1, round(config.objective.kl_positions * T)) / T
+        total += (2 if config.objective.stop_gradient_head else 3) * 2 * students * head
     return float(total)
 
 

@@ -35,7 +35,7 @@ class PretrainingModel(nn.Module):
         counts: Tensor | None = None,
         measure: Callable[[PretrainingModel, TokenBatch], dict[str, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
-        """This micro-batch's share of each loss, `counts` as in `Objective.forward`; or instead what `measure` finds."""
+        """This micro-batch's share of each loss, `counts` as in `Objective.forward`; or what `measure` finds."""
         if measure is not None:
             return measure(self, batch)
         return self.objective(self.trunk_states(batch), batch, self.lm_head, counts)

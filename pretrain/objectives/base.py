@@ -36,8 +36,10 @@ class TokenBatch:
     ) -> TokenBatch:
         """The data pipeline's batch as tensors on `device`."""
         arrays = (batch.tokens, batch.document_ids, batch.positions, batch.target_mask)
-        tensors = [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
-        return cls(*tensors, row_seeds=row_seeds)
+        tokens, documents, positions, targets = (
+            torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
+        )
+        return cls(tokens, documents, positions, targets, row_seeds)
 
 
 def row_seeds(seed: int, samples: Iterable[int]) -> tuple[int, ...]:

@@ -23,6 +23,9 @@ VOCABULARY, T, ROWS = 311, 64, 2
         "{name: next_token}",
         "{name: nextlat, horizon: 1, next_latent_weight: 1.0, kl_weight: 1.0, dynamics_width: 160}",
         "{name: nextlat, horizon: 5, next_latent_weight: 1.0, kl_weight: 1.0, dynamics_width: 160}",
+        "{name: nextlat, horizon: 5, next_latent_weight: 1.0, kl_weight: 1.0, dynamics_width: 160, kl_positions: 0.25}",
+        "{name: nextlat, horizon: 5, next_latent_weight: 1.0, kl_weight: 1.0, dynamics_width: 160, "
+        "stop_gradient_head: false, rollout_loss: cross_entropy, latent_loss: mse}",
     ],
 )
 def test_flops_agree_with_the_counter_of_torch(objective: str) -> None:
@@ -34,13 +37,13 @@ def test_flops_agree_with_the_counter_of_torch(objective: str) -> None:
     columns = torch.arange(T + 1).expand(ROWS, -1)
     whole_row = torch.zeros(ROWS, T + 1, dtype=torch.int32)
     tokens = torch.randint(0, VOCABULARY, (ROWS, T + 1), generator=torch.Generator().manual_seed(0))
-    batch = TokenBatch(tokens, whole_row, columns, torch.ones(ROWS, T + 1, dtype=torch.bool))
+    batch = TokenBatch(tokens, whole_row, columns, torch.ones(ROWS, T + 1, dtype=torch.bool), tuple(range(ROWS)))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch, model.objective.valid_counts(batch))["loss"].backward()
     counted = sum(counter.flop_counts["Global"].values())
-    counted += (
-        2 * VOCABULARY * config.model.width * ROWS * T
-    )  # the head's gradient is an addmm_, which torch leaves out
+    # The head's gradient is an addmm_, which torch leaves out: the trunk's, and that of rollouts which train the head.
+    products = 1 if getattr(config.objective, "stop_gradient_head", True) else 1 + config.objective.horizon
+    counted += 2 * VOCABULARY * config.model.width * products * ROWS * T
     attention = sum(flops for op, flops in counter.flop_counts["Global"].items() if "bmm" in str(op))
     ours = flops_per_token(config, VOCABULARY) * ROWS * T
     ours_attention = 3 * 2 * config.model.layers * config.model.width * (T + 1) * ROWS * T

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks import loss
+from benchmarks.gpu import loss as gpu_loss
 
 
 def test_the_two_formulations_of_the_loss_benchmark_agree() -> None:
@@ -19,3 +21,19 @@ def test_the_loss_benchmark_prints_its_table(capsys: pytest.CaptureFixture[str])
     loss.main(sizes)
     output = capsys.readouterr().out
     assert "time" in output and "memory" in output and "1/" in output
+
+
+def test_the_gpu_loss_benchmark_runs_at_its_small_size(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_loss.main(["--small", "--horizons", "1", "3", "--repeats", "1"])
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert "D=64 V=500 tokens=256" in header
+    assert [row.split()[0] for row in rows] == ["1", "3"]
+
+
+def test_the_gpu_loss_benchmarks_plain_formulation_is_the_same_in_parts() -> None:
+    case = gpu_loss.Case(16, 100, 60, 2, torch.device("cpu"))
+    whole, in_parts, ours = (
+        case.run(way, parts)[0] for way, parts in ((gpu_loss.plain, 1), (gpu_loss.plain, 4), (gpu_loss.fused, 1))
+    )
+    assert in_parts == pytest.approx(whole, rel=1e-3)
+    assert ours == pytest.approx(whole, rel=1e-2)

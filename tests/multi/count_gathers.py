@@ -5,12 +5,28 @@ import sys
 from collections import Counter
 
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 
-from pretrain import distributed, schedules
+from pretrain import distributed
 from pretrain.config import load_config
-from pretrain.engine import build_engine, set_learning_rates
+from pretrain.engine import build_engine
 from pretrain.objectives import TokenBatch
 from pretrain.run_data import open_data
+
+
+def count_gathers(engine: DeepSpeedEngine) -> Counter[str]:
+    """Counts, from now on, how often each weight of the objective is gathered."""
+    counts: Counter[str] = Counter()
+    names = {p.ds_id: name for name, p in engine.module.objective.named_parameters()}
+    for parameter in engine.module.parameters():
+
+        def counting(parameters, *arguments, original=parameter.all_gather_coalesced, **options):
+            counts.update(names[p.ds_id] for p in parameters if p.ds_id in names)
+            return original(parameters, *arguments, **options)
+
+        parameter.all_gather_coalesced = counting
+    return counts
+
 
 if __name__ == "__main__":
     ranks, device = distributed.start(5)
@@ -19,18 +35,8 @@ if __name__ == "__main__":
         config = load_config(sys.argv[-1], [f"objective.horizon={horizon}"])
         _, stream, vocab_size = open_data(config)
         engine = build_engine(config, vocab_size, ranks.world, device)
-        set_learning_rates(engine, config, 0)
-        assert schedules.learning_rate(config, 0) > 0
-        batch = TokenBatch.from_numpy(stream.batch(0, ranks.rank, ranks.world).rows(0, 4), device)
-        counts: Counter[str] = Counter()
-        names = {p.ds_id: name for name, p in engine.module.objective.named_parameters()}
-        for parameter in engine.module.parameters():
-
-            def counting(parameters, *arguments, original=parameter.all_gather_coalesced, **options):
-                counts.update(names[p.ds_id] for p in parameters if p.ds_id in names)
-                return original(parameters, *arguments, **options)
-
-            parameter.all_gather_coalesced = counting
+        counts = count_gathers(engine)
+        batch = TokenBatch.from_numpy(stream.batch(0, ranks.rank, ranks.world), device)
         losses = engine(batch, engine.module.objective.valid_counts(batch))
         forward = dict(counts)
         engine.backward(losses["loss"])

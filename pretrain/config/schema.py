@@ -272,6 +272,12 @@ class Config(Section):
                 f"{given}: {self.warmup_steps} warm-up and {self.decay_steps} decay steps do not fit into "
                 f"{self.total_steps} steps; shorten them or lengthen the run"
             )
+        alone = getattr(self.objective, "dynamics_only_steps", 0)
+        if alone > self.total_steps:
+            raise ValueError(
+                f"objective.dynamics_only_steps={alone} is more than the run's {self.total_steps} steps; shorten it, "
+                "or lengthen the run"
+            )
         derived = {
             "train_batch_size": "batch.global_sequences",
             "train_micro_batch_size_per_gpu": "batch.micro_sequences",
@@ -289,6 +295,11 @@ class Config(Section):
         if not isinstance(self.deepspeed.get("zero_optimization", {}), dict):
             value = self.deepspeed["zero_optimization"]
             raise ValueError(f"deepspeed.zero_optimization={value!r} must be a mapping, such as {{stage: 3}}")
+        if self.optimizer.name == "muon" and self.deepspeed.get("zero_optimization", {}).get("reduce_scatter"):
+            raise ValueError(
+                "deepspeed.zero_optimization.reduce_scatter=True leaves no gradient whole, as optimizer.name=muon "
+                "needs them; leave it out"
+            )
         stage = self.zero_stage
         if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
             raise ValueError(f"deepspeed.zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")

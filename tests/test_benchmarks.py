@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks import loss
+from benchmarks import loss, step
 from benchmarks.gpu import loss as gpu_loss
 
 
@@ -37,3 +40,21 @@ def test_the_gpu_loss_benchmarks_plain_formulation_is_the_same_in_parts() -> Non
     )
     assert in_parts == pytest.approx(whole, rel=1e-3)
     assert ours == pytest.approx(whole, rel=1e-2)
+
+
+def test_the_step_benchmark_writes_a_page_with_every_objective_and_ratios_to_gpt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step.main(["--size", "tiny", "--repeats", "1", "--out", str(tmp_path / "step.md")])
+    text = (tmp_path / "step.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = {row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line)}
+    numbers = {
+        label: [float(cell) for cell in cells] for label, cells in rows.items() if re.match("[a-z]+( [0-9])?$", label)
+    }
+    assert list(numbers) == ["gpt", "bst"] + [f"{name} {d}" for name in ("mtp", "jtp", "nextlat") for d in (1, 2, 8)]
+    assert numbers["gpt"][1:] == [1.0] * 4
+    assert [numbers[f"nextlat {d}"][4] for d in (1, 2, 8)] == [1.0, 1.11, 1.79]
+    flops = {label: cells[2] for label, cells in numbers.items()}
+    for name in ("mtp", "jtp", "nextlat"):
+        assert 1 < flops[f"{name} 1"] < flops[f"{name} 2"] < flops[f"{name} 8"]

@@ -56,7 +56,9 @@ class NextLat(Objective):
         """See `Objective.forward`; the latent terms are also given per rollout step."""
         d, hidden_BTD, embeddings_BTD = self.horizon, states.hidden, states.embeddings
         if self.dynamics_only:
-            hidden_BTD, embeddings_BTD = hidden_BTD.detach(), embeddings_BTD.detach()
+            # Cut off from the trunk, yet with gradients: ZeRO-3 gathers weights for the backward pass by its inputs'.
+            wanted = torch.is_grad_enabled()
+            hidden_BTD, embeddings_BTD = (x.detach().requires_grad_(wanted) for x in (hidden_BTD, embeddings_BTD))
         next_token_count, latent_counts_d, kl_counts_d = counts.split([1, d, d])
         latent_dBT = rollout_mask(batch, d)
         next_token_BT = next_token_mask(batch)

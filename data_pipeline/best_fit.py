@@ -104,6 +104,8 @@ def pack_split(dataset: Dataset, split_name: str, sequence_length: int) -> dict[
         raise UserError(f"--sequence-length {sequence_length}: give 1 or more")
     if dataset.remote or dataset.foreign:
         raise UserError(f"{dataset.path}: packing is written beside the shards: copy or prepare the data set first")
+    if split.has_labels:
+        raise UserError(f"{dataset.path}: its tokens have labels, which packing does not keep: read it end to end")
     if not split.documents:
         raise UserError(f"the {split_name} split has no documents: nothing to pack")
     lengths = np.diff(split.document_starts, append=split.tokens)

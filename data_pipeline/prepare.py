@@ -29,7 +29,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import sentencepiece
 from rich.console import Console
 from rich.progress import (
@@ -56,6 +56,8 @@ from data_pipeline.shards import (
     write_manifest,
     write_shard,
 )
+from data_pipeline.tasks import Task, open_task
+from data_pipeline.tasks.randomness import random_bits
 from data_pipeline.tokenizers import Tokenizer, load_tokenizer, tokenizer_file, train_sentencepiece
 from data_pipeline.workers import Workers
 
@@ -63,6 +65,8 @@ WORK = ".preparing"
 PART = "part.json"
 NO_FILTERS = Filters()
 SHARD_BYTES = 4 << 20
+SHARD_SAMPLES = 1 << 14  # of a task
+VALIDATION = 99  # the purpose of a task's random bits that choose the validation split
 SAMPLE_BYTES = 8 << 20  # text that a vocabulary is trained on; four times as much improves bytes per token by < 1%
 SAMPLE_WINDOW = 1 << 30  # source text that the sample is chosen from
 SAMPLE_DOCUMENT = 1 << 18  # characters of one document, so that no single one fills the sample
@@ -70,10 +74,13 @@ SAMPLE_DOCUMENT = 1 << 18  # characters of one document, so that no single one f
 
 @dataclass(frozen=True)
 class Shard:
-    """The documents of one task. sha256: of all their text, by which a later run knows them again."""
+    """The documents of one shard. sha256: of all their text, by which a later run knows them again.
+
+    texts: of a task's samples, their places in the task's split.
+    """
 
     number: int
-    texts: dict[str, list[str]]
+    texts: dict[str, list[Any]]
     names: dict[str, list[str]]
     text_bytes: dict[str, int]
     source_bytes: int
@@ -82,7 +89,7 @@ class Shard:
 
 def prepare(
     source: str,
-    tokenizer: str,
+    tokenizer: str | None,
     out: str | os.PathLike[str],
     *,
     workers: int | None = None,
@@ -97,7 +104,8 @@ def prepare(
 ) -> Dataset | None:
     """Prepare a data set in `out`, or go on with one that was stopped, or return it if it is complete.
 
-    workers: processes that encode, by default one for each core. field: of records that holds the text.
+    tokenizer: None for a task, which has a vocabulary of its own. workers: processes that encode, by default one for
+    each core. field: of records that holds the text.
     validation: fraction of documents, chosen by content hash. limit: first documents only. shard_bytes: text in a
     shard. invalid: "error", or "skip" to leave out and count records that are not text. part: "i/n" to make the
     i-th of n parts, in which case there is no data set yet and None is returned. Raises UserError for whatever a
@@ -109,10 +117,15 @@ def prepare(
     filters.check()
     part_number, parts = _parse_part(part)
     folder = Path(out)
-    documents = open_source(source, Fields(field, filters.language_field, invalid == "skip"))
-    unfiltered = documents.read
-    documents = replace(documents, read=lambda skipped: filters.apply(unfiltered(skipped), skipped))
-    kind, file = _tokenizer_spec(tokenizer)
+    task = _open_task(source, tokenizer, filters)
+    if task:
+        documents = Source(task.identity, min(task.count, limit or task.count), lambda _: iter(()))
+        kind, file = hashlib.sha256(task.vocabulary.tokenizer_json()).hexdigest(), None
+    else:
+        documents = open_source(source, Fields(field, filters.language_field, invalid == "skip"))
+        unfiltered = documents.read
+        documents = replace(documents, read=lambda skipped: filters.apply(unfiltered(skipped), skipped))
+        kind, file = _tokenizer_spec(tokenizer or "")
     settings = {
         "format": FORMAT,
         "source": documents.identity,
@@ -131,14 +144,16 @@ def prepare(
     with _claim(folder, claimed):
         bar = _progress(console)
         with bar:
-            made = _tokenizer(folder, file or tokenizer, documents, validation, limit, bar)
+            made = _tokenizer(folder, file or tokenizer or "", documents, validation, limit, bar, task)
             records, skipped, count = _encode_all(
-                folder, made, documents, settings, workers, bar, lambda number: number % parts == part_number
+                folder, made, documents, settings, workers, bar, lambda number: number % parts == part_number, task
             )
         if not count:
             shutil.rmtree(folder / WORK)
             raise UserError(f"source {source}: it has no text at all: check --source and --field, and the filters")
         about = {"settings": settings, "source": source, "skipped": dict(skipped), "software": _software()}
+        if task:
+            about["task"] = task.spec
         if part:
             by_number = {str(number): record for number, record in records.items()}
             write_json(folder / PART, {"part": part, "count": count, "records": by_number, "about": about})
@@ -151,6 +166,19 @@ def prepare(
     dataset = open_dataset(folder)
     console.print(_summary(dataset, records, skipped))
     return dataset
+
+
+def _open_task(source: str, tokenizer: str | None, filters: Filters) -> Task | None:
+    """The task that the source names, if it does. Raises UserError for options that do not go with the source."""
+    if not source.startswith("task:"):
+        if tokenizer is None:
+            raise UserError("--tokenizer: give a .model or .json file, train:sentencepiece:VOCAB, or bytes")
+        return None
+    if tokenizer is not None:
+        raise UserError(f"--tokenizer {tokenizer}: {source} has a vocabulary of its own: leave --tokenizer out")
+    if filters != NO_FILTERS:
+        raise UserError(f"{source}: filters are for text: leave them out")
+    return open_task(source.removeprefix("task:"))
 
 
 def collect_shards(records: Mapping[int, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -270,9 +298,18 @@ def _vocabulary_to_train(spec: str) -> int:
 
 
 def _tokenizer(
-    folder: Path, spec: str, source: Source, validation: float, limit: int | None, bar: Progress
+    folder: Path,
+    spec: str,
+    source: Source,
+    validation: float,
+    limit: int | None,
+    bar: Progress,
+    task: Task | None = None,
 ) -> Tokenizer:
     """The tokenizer that the data set keeps: copied into its folder, or trained there unless that is done."""
+    if task:
+        write_file(folder / "tokenizer.json", task.vocabulary.tokenizer_json())
+        return load_tokenizer(folder / "tokenizer.json", eos_id=task.vocabulary.eos_id)
     if spec == "bytes":
         return load_tokenizer(spec)
     if not spec.startswith("train:"):
@@ -282,9 +319,9 @@ def _tokenizer(
     kept = folder / "tokenizer.model"
     if not kept.exists():
         texts = _sample(source, validation, limit, bar)
-        task = bar.add_task(f"training {_vocabulary_to_train(spec):,} pieces", total=None, rates="")
+        shown = bar.add_task(f"training {_vocabulary_to_train(spec):,} pieces", total=None, rates="")
         write_file(kept, train_sentencepiece(texts, _vocabulary_to_train(spec)))
-        bar.update(task, total=1, completed=1, visible=False)
+        bar.update(shown, total=1, completed=1, visible=False)
     return load_tokenizer(kept)
 
 
@@ -346,6 +383,16 @@ def _group(documents: Iterator[Document], root: str, validation: float, shard_by
         number += 1
 
 
+def _group_samples(task: Task, validation: float, limit: int | None) -> Iterator[Shard]:
+    """The samples of a task, so many to a shard; which are of the validation split is drawn for each."""
+    count = min(task.count, limit or task.count)
+    for number, first in enumerate(range(0, count, SHARD_SAMPLES)):
+        places = np.arange(first, min(first + SHARD_SAMPLES, count))
+        drawn = random_bits(task.seed, places, 1, VALIDATION)[:, 0] < validation * 2.0**64
+        texts = {"train": places[~drawn].tolist(), "validation": places[drawn].tolist()}
+        yield Shard(number, texts, {}, dict.fromkeys(SPLITS, 0), len(places), f"{task.identity} {first} {len(places)}")
+
+
 def _one_line(name: str) -> str:
     return name.encode(errors="backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
 
@@ -358,6 +405,7 @@ def _encode_all(
     workers: int,
     bar: Progress,
     is_ours: Callable[[int], bool],
+    task: Task | None = None,
 ) -> tuple[dict[int, dict[str, Any]], Counter[str], int]:
     """Write every shard of ours that is not finished.
 
@@ -365,8 +413,11 @@ def _encode_all(
     """
     skipped: Counter[str] = Counter()
     documents = islice(source.read(skipped), settings["limit"])
-    grouped = _group(iter(documents), source.root, settings["validation"], settings["shard_bytes"])
-    task = bar.add_task("documents → shards", total=source.total_bytes, rates="")
+    if task:
+        grouped = _group_samples(task, settings["validation"], settings["limit"])
+    else:
+        grouped = _group(iter(documents), source.root, settings["validation"], settings["shard_bytes"])
+    shown = bar.add_task("documents → shards", total=source.total_bytes, rates="")
     records: dict[int, dict[str, Any]] = {}
     count = 0
 
@@ -377,10 +428,10 @@ def _encode_all(
             if is_ours(shard.number):
                 yield shard
             else:
-                bar.advance(task, shard.source_bytes)
+                bar.advance(shown, shard.source_bytes)
 
     shards, began = ours(), time.monotonic()
-    with Workers(tokenizer, workers) as processes, ThreadPoolExecutor(workers) as threads:
+    with Workers(tokenizer, workers, task) as processes, ThreadPoolExecutor(workers) as threads:
         running: dict[Future[dict[str, Any]], Shard] = {}
         try:
             while True:
@@ -392,10 +443,10 @@ def _encode_all(
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     shard = running.pop(future)
                     records[shard.number] = future.result()
-                    bar.update(task, advance=shard.source_bytes, rates=_rates(records, began))
+                    bar.update(shown, advance=shard.source_bytes, rates=_rates(records, began))
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
-    bar.update(task, completed=source.total_bytes or 0)
+    bar.update(shown, completed=source.total_bytes or 0)
     return records, skipped, count
 
 
@@ -427,8 +478,10 @@ def _encode_shard(folder: Path, workers: Workers, shard: Shard) -> dict[str, Any
                 shard.number,
                 encoded.tokens,
                 encoded.document_starts,
+                encoded.prompt_lengths,
                 text_bytes=shard.text_bytes[split],
-                names=shard.names[split],
+                names=shard.names.get(split),
+                labels=encoded.labels,
             )
     record = {"sha256": shard.sha256, "shards": entries, "seconds": seconds}
     write_json(path, record)
@@ -458,7 +511,7 @@ def _progress(console: Console) -> Progress:
 def _software() -> dict[str, str]:
     return {
         "python": platform.python_version(),
-        "numpy": numpy.__version__,
+        "numpy": np.__version__,
         "sentencepiece": sentencepiece.__version__,
     }
 
@@ -492,10 +545,12 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m data_pipeline.prepare", description="Turn documents into a data set of token shards."
     )
     parser.add_argument(
-        "--source", required=True, help="stdlib, a path, glob or fsspec URL, or hub:NAME[:CONFIG[:SPLIT]]"
+        "--source",
+        required=True,
+        help="stdlib, a path, glob or fsspec URL, hub:NAME[:CONFIG[:SPLIT]], or task:NAME,key=value,…",
     )
     parser.add_argument(
-        "--tokenizer", required=True, help="a .model or .json file, train:sentencepiece:VOCAB, or bytes"
+        "--tokenizer", help="a .model or .json file, train:sentencepiece:VOCAB, or bytes; none for a task"
     )
     parser.add_argument("--out", required=True, help="folder of the data set; the same command again goes on with it")
     parser.add_argument("--workers", type=int, help="processes that encode (default: one for each core)")

@@ -24,11 +24,19 @@ class TokenBatch:
     """(B, T+1) int: position in the document."""
     target_mask: Tensor
     """(B, T+1) bool: the token counts as a target (prompt tokens and padding do not)."""
+    labels: Tensor | None = None
+    """(B, T+1) int64: what each token is to be answered with; None where that is the next token."""
+
+    @property
+    def targets(self) -> Tensor:
+        """(B, T) int64: what the model is to answer at each position that it reads."""
+        return self.tokens[:, 1:] if self.labels is None else self.labels[:, :-1]
 
     @classmethod
     def from_numpy(cls, batch: Batch, device: torch.device | str = "cpu") -> TokenBatch:
         """The data pipeline's batch as tensors on `device`."""
-        arrays = (batch.tokens, batch.document_ids, batch.positions, batch.target_mask)
+        given = (batch.tokens, batch.document_ids, batch.positions, batch.target_mask, batch.labels)
+        arrays = (array for array in given if array is not None)
         return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
 

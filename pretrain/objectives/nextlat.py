@@ -55,7 +55,7 @@ class NextLat(Objective):
         rollouts_dBTD = self.dynamics(hidden_BTD, states.embeddings, d)
         next_token, kl_d = head(
             hidden_BTD,
-            batch.tokens[:, 1:],
+            batch.targets,
             mean_weights(next_token_BT, next_token_count),
             rollouts_dBTD,
             mean_weights(latent_dBT & next_token_BT, kl_counts_d[:, None, None]),

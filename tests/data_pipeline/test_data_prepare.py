@@ -396,7 +396,7 @@ def test_empty_documents_are_skipped_and_counted(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--source", "nowhere/at/all"], "source nowhere/at/all: nothing found"),
-        (["--source", "task:path_star,d=5"], "no such task exists"),
+        (["--source", "task:path_star,d=5"], "has a vocabulary of its own: leave --tokenizer out"),
         (["--source", "nosuch://x"], "source nosuch://x: .*known"),
         (["--workers", "0"], "--workers 0: give 1 or more"),
         (["--validation", "1"], "--validation 1"),

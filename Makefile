@@ -42,6 +42,7 @@ lint: $(READY)
 	ruff check .
 	ruff format --check .
 	mypy
+	shellcheck --external-sources slurm/*.sh
 
 format: $(READY)
 	ruff check --fix .
@@ -49,6 +50,7 @@ format: $(READY)
 
 bench: $(READY)
 	python -m benchmarks.loss
+	python -m benchmarks.step
 	python -m benchmarks.data
 
 clean:

@@ -103,6 +103,8 @@ def pack_split(dataset: Dataset, split_name: str, sequence_length: int) -> dict[
     if sequence_length < 1:
         raise UserError(f"--sequence-length {sequence_length}: give 1 or more")
     _check_local(dataset)
+    if split.has_labels:
+        raise UserError(f"{dataset.path}: its tokens have labels, which packing does not keep: read it end to end")
     if not split.documents:
         raise UserError(f"the {split_name} split has no documents: nothing to pack")
     lengths = np.diff(split.document_starts, append=split.tokens)

@@ -50,6 +50,7 @@ format: $(READY)
 
 bench: $(READY)
 	python -m benchmarks.loss
+	python -m benchmarks.step
 	python -m benchmarks.data
 
 clean:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pretrain.config import Config, NextLatConfig
+from pretrain.config import BstConfig, Config, JtpConfig, MtpConfig, NextLatConfig, NextTokenConfig
+from pretrain.objectives.bst import pair_inner_width
 
 PEAK_TFLOPS = {  # dense bfloat16, from the vendors' data sheets
     "A100": 312.0,
@@ -17,23 +18,35 @@ PEAK_TFLOPS = {  # dense bfloat16, from the vendors' data sheets
 def flops_per_token(config: Config, vocab_size: int) -> float:
     """FLOPs of one token, forward and backward (3 × forward, 2 per multiply-add).
 
-    Attention counts the causal half of T × T, as if every row were one document. The KL terms add one head
-    product per rollout step, whose backward pass lacks the product for the head's weight: the head is frozen there.
+    Attention counts the causal half of T × T, as if every row were one document; so do BST's pairs. NextLat's KL terms
+    add one head product per rollout step, whose backward pass lacks the product for the head's weight: it is frozen
+    there.
     """
     model, T = config.model, config.data.sequence_length
     head_width = model.width // model.heads
     projections = 2 * model.width**2 + 2 * model.width * model.key_value_heads * head_width
-    layer = projections + 3 * model.width * model.inner_width
     attention = 2 * model.width * (T + 1) / 2  # q·k and p·v over the tokens so far
+    block = projections + 3 * model.width * model.inner_width + attention
     head = model.width * vocab_size
-    forward = model.layers * (layer + attention) + head
-    total = 3 * 2 * forward
-    if isinstance(config.objective, NextLatConfig):
-        d, hidden = config.objective.horizon, config.objective.dynamics_width
-        landings = sum(T - i for i in range(1, d + 1)) / T  # p_ψ runs only where a rollout can land
-        total += 3 * 2 * landings * (2 * model.width * hidden + hidden**2 + hidden * model.width)
-        total += 2 * 2 * d * head
-    return float(total)
+    trunk = model.layers * block
+    frozen_head = 0.0
+    match config.objective:
+        case NextTokenConfig():
+            forward = trunk + head
+        case NextLatConfig(horizon=d, dynamics_width=hidden):
+            landings = sum(T - i for i in range(1, d + 1)) / T  # p_ψ runs only where a rollout can land
+            forward = trunk + head + landings * (2 * model.width * hidden + hidden**2 + hidden * model.width)
+            frozen_head = d * head
+        case MtpConfig(horizon=d):
+            forward = trunk + d * block + (1 + d) * head
+        case JtpConfig(horizon=d):
+            slots = d + 1
+            forward = trunk + slots * (4 * model.width**2 + 2 * model.width * slots + head)
+        case BstConfig(pair_fraction=fraction):
+            openings = T - 1  # the pairs whose prefix is the first token are always kept
+            pairs = openings + fraction * (T - 1) * (T - 2) / 2
+            forward = 2 * trunk + pairs / T * (3 * 2 * model.width * pair_inner_width(model) + 2 * head)
+    return float(3 * 2 * forward + 2 * 2 * frozen_head)
 
 
 def peak_flops(config: Config, device: torch.device) -> float | None:

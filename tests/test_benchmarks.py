@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from benchmarks import loss
+from benchmarks import loss, step
 
 
 def test_the_two_formulations_of_the_loss_benchmark_agree() -> None:
@@ -19,3 +22,21 @@ def test_the_loss_benchmark_prints_its_table(capsys: pytest.CaptureFixture[str])
     loss.main(sizes)
     output = capsys.readouterr().out
     assert "time" in output and "memory" in output and "1/" in output
+
+
+def test_the_step_benchmark_writes_a_page_with_every_objective_and_ratios_to_gpt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step.main(["--size", "tiny", "--repeats", "1", "--out", str(tmp_path / "step.md")])
+    text = (tmp_path / "step.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = {row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line)}
+    numbers = {
+        label: [float(cell) for cell in cells] for label, cells in rows.items() if re.match("[a-z]+( [0-9])?$", label)
+    }
+    assert list(numbers) == ["gpt", "bst"] + [f"{name} {d}" for name in ("mtp", "jtp", "nextlat") for d in (1, 2, 8)]
+    assert numbers["gpt"][1:] == [1.0] * 4
+    assert [numbers[f"nextlat {d}"][4] for d in (1, 2, 8)] == [1.0, 1.11, 1.79]
+    flops = {label: cells[2] for label, cells in numbers.items()}
+    for name in ("mtp", "jtp", "nextlat"):
+        assert 1 < flops[f"{name} 1"] < flops[f"{name} 2"] < flops[f"{name} 8"]

@@ -4,21 +4,45 @@ A run is one YAML file. Any key can be overridden as `section.key=value`. Whatev
 is refused with one line that names the file, the key, the value and what would do.
 """
 
+from pretrain.config.data import DataConfig, PhaseConfig, SourceConfig
 from pretrain.config.loading import dump_config, load_config
-from pretrain.config.objectives import OBJECTIVES, NextLatConfig, NextTokenConfig, ObjectiveConfig
-from pretrain.config.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from pretrain.config.objectives import (
+    OBJECTIVES,
+    BstConfig,
+    JtpConfig,
+    MtpConfig,
+    NextLatConfig,
+    NextTokenConfig,
+    ObjectiveConfig,
+)
+from pretrain.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    FaultsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 
 __all__ = [
     "OBJECTIVES",
     "BatchConfig",
+    "BstConfig",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
+    "FaultsConfig",
+    "JtpConfig",
     "ModelConfig",
+    "MtpConfig",
     "NextLatConfig",
     "NextTokenConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PhaseConfig",
     "RunConfig",
+    "SourceConfig",
     "dump_config",
     "load_config",
 ]

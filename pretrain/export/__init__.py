@@ -4,6 +4,7 @@
     DIR/model.safetensors                             the trunk and head; in shards with an index where large
     DIR/tokenizer.json, tokenizer_config.json
     DIR/nextlat/config.json, model.safetensors        p_ψ, where the objective has it
+    DIR/custom_generate/                              with it: drafting inside transformers' own `generate`
     DIR/README.md                                     a model card
     DIR/nextlat_manifest.json                         source, config, what was verified, sha256 of each file
 
@@ -30,7 +31,9 @@ from data_pipeline import UserError
 from pretrain.config import NextLatConfig
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_config, llama_name
 from pretrain.decoding.loading import MANIFEST, check_names
+from pretrain.export.custom_generate import write_custom_generate
 from pretrain.export.model_card import model_card
+from pretrain.export.token_ranks import write_token_ranks
 from pretrain.export.tokenizer_files import write_tokenizer
 from pretrain.export.verification import verify_export
 from pretrain.export.weights import Plan, write_safetensors, write_weights
@@ -145,6 +148,8 @@ def _write(
             "dtype": str(dtype).removeprefix("torch."),
         }
         _write_json(folder / "nextlat" / "config.json", described)
+        write_token_ranks(folder, checkpoint.dataset)
+        write_custom_generate(folder)
     write_weights(folder, trunk, read, dtype, shard_bytes)
 
 

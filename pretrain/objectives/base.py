@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline import Batch
@@ -24,12 +28,23 @@ class TokenBatch:
     """(B, T+1) int: position in the document."""
     target_mask: Tensor
     """(B, T+1) bool: the token counts as a target (prompt tokens and padding do not)."""
+    row_seeds: tuple[int, ...] | None = None
+    """B seeds, see `row_seeds`, for what is chosen at random in a row; None where nothing is (validation)."""
 
     @classmethod
-    def from_numpy(cls, batch: Batch, device: torch.device | str = "cpu") -> TokenBatch:
+    def from_numpy(
+        cls, batch: Batch, device: torch.device | str = "cpu", row_seeds: tuple[int, ...] | None = None
+    ) -> TokenBatch:
         """The data pipeline's batch as tensors on `device`."""
         arrays = (batch.tokens, batch.document_ids, batch.positions, batch.target_mask)
-        return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+        tokens, documents, positions, targets = (torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
+        return cls(tokens, documents, positions, targets, row_seeds)
+
+
+def row_seeds(seed: int, samples: Iterable[int]) -> tuple[int, ...]:
+    """A seed for each sample of a run, counted from its first step on: the same whichever rank reads it, and when."""
+    digests = (hashlib.sha256(f"row {seed} {sample}".encode()).digest() for sample in samples)
+    return tuple(int.from_bytes(digest[:8], "little") >> 1 for digest in digests)
 
 
 class LanguageModelHead(nn.Module):
@@ -54,8 +69,16 @@ class LanguageModelHead(nn.Module):
         ce_weights_BT: Tensor | None = None,
         rollouts_dBTD: Tensor | None = None,
         kl_weights_dBT: Tensor | None = None,
+        compute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        **options: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, T, V); or with targets, the weighted sums of cross-entropy () and of KL (d,)."""
+        """Logits (B, T, V); or with targets, the weighted sums of cross-entropy () and of KL (d,).
+
+        compute: a loss of another form, called with the states, of whatever shape, and the weight.
+        options: of `fused_cross_entropy_kl`.
+        """
+        if compute is not None:
+            return compute(hidden_BTD, self.weight)
         if targets_BT is None or ce_weights_BT is None:
             return hidden_BTD @ self.weight.T
         return fused_cross_entropy_kl(
@@ -65,6 +88,7 @@ class LanguageModelHead(nn.Module):
             ce_weights_BT.flatten(),
             None if rollouts_dBTD is None else rollouts_dBTD.flatten(1, 2),
             None if kl_weights_dBT is None else kl_weights_dBT.flatten(1, 2),
+            **options,
         )
 
 
@@ -75,6 +99,9 @@ class Objective(nn.Module):
     adds up `valid_counts` over all micro-batches and ranks, then passes the result to `forward`, whose values
     are this micro-batch's share of each mean.
     """
+
+    needed_at_inference: ClassVar[bool] = False
+    """Whether the next token cannot be predicted without the objective's own modules."""
 
     def valid_counts(self, batch: TokenBatch) -> Tensor:
         """(terms,) float64: how many positions of this micro-batch enter each term."""
@@ -91,6 +118,13 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def next_token_states(self, states: TrunkStates, eos_embedding_D: Tensor) -> Tensor:
+        """(B, T, D): what the output head reads to predict the next token, when nothing after it is known.
+
+        For inference: the weights must be whole. eos_embedding_D: for an objective that reads what follows, too.
+        """
+        return states.hidden
+
 
 def next_token_mask(batch: TokenBatch) -> Tensor:
     """(B, T) bool: positions t whose next token x_{t+1} is a target."""
@@ -100,3 +134,32 @@ def next_token_mask(batch: TokenBatch) -> Tensor:
 def mean_weights(mask: Tensor, count: Tensor) -> Tensor:
     """1/count where `mask`, 0 elsewhere, float32 or wider; an empty term (count 0) weighs nothing."""
     return mask * (1.0 / count.clamp(min=1.0))
+
+
+def ahead_masks(batch: TokenBatch, horizon: int) -> Tensor:
+    """(d+1, B, T) bool: may x_{t+1+k} (at [k, :, t]) be predicted from position t?
+
+    Yes where it is a target, and the tokens between lie in the document of x_t: it may be the EOS that ends it.
+    """
+    documents_BT, targets_BT = batch.document_ids[:, :-1], next_token_mask(batch)
+    masks = [targets_BT]
+    for k in range(1, horizon + 1):
+        inside = documents_BT[:, k:] == documents_BT[:, :-k]
+        masks.append(F.pad(targets_BT[:, k:] & inside, (0, k)))
+    return torch.stack(masks)
+
+
+def ahead_targets(batch: TokenBatch, horizon: int) -> Tensor:
+    """(d+1, B, T) int64: x_{t+1+k} at [k, :, t], 0 past the row's end."""
+    tokens = F.pad(batch.tokens, (0, horizon))
+    length = batch.tokens.shape[1] - 1
+    return torch.stack([tokens[:, 1 + k : 1 + k + length] for k in range(horizon + 1)])
+
+
+def token_terms(loss: Tensor, terms_G: Tensor, name: str) -> dict[str, Tensor]:
+    """Losses by name from the next token's term and those of d tokens further ahead, terms (d+1,)."""
+    ahead_d = terms_G[1:]
+    losses = {"loss": loss, "loss_next_token": terms_G[0], name: ahead_d.mean()}
+    if len(ahead_d) > 1:
+        losses |= {f"{name}_{k}": term for k, term in enumerate(ahead_d, start=1)}
+    return losses

@@ -11,22 +11,21 @@ from torch import nn
 from pretrain.config import Config
 from pretrain.model import PretrainingModel, initialise, parameter_counts
 
+NEXTLAT = {"name": "nextlat", "horizon": 1, "next_latent_weight": 1.0, "kl_weight": 1.0, "dynamics_width": 64}
 
-def make_model(tied: bool = False) -> PretrainingModel:
+
+def make_model(tied: bool = False, objective: dict[str, object] = NEXTLAT) -> PretrainingModel:
     config = Config.model_validate(
         {
             "run": {"name": "test"},
             "model": {"layers": 2, "width": 64, "heads": 4, "tie_embeddings": tied},
-            "objective": {
-                "name": "nextlat", "horizon": 1, "next_latent_weight": 1.0, "kl_weight": 1.0,
-                "dynamics_width": 64,
-            },
+            "objective": objective,
             "data": {"path": "nowhere", "sequence_length": 16},
             "batch": {"global_sequences": 2, "micro_sequences": 2},
             "optimizer": {"learning_rate": 0.001, "weight_decay": 0.0, "gradient_clip": None},
             "schedule": {"name": "constant", "steps": 1},
         }
-    )  # fmt: skip
+    )
     return PretrainingModel(config, 200)
 
 
@@ -107,6 +106,17 @@ def test_partitioned_parameters_get_the_same_values_as_whole_ones():
     for name, value in expected.items():
         assert torch.equal(gathered[name], value), name
     assert parameter_counts(model) == parameter_counts(make_model())
+
+
+def test_a_modules_own_initial_values_come_before_the_rule():
+    model = make_model(objective={"name": "jtp", "horizon": 2, "joint_token_weight": 1.0})
+    initialise(model, 0, 0.02)
+    fetch = model.objective.fetch
+    assert fetch.gamma.item() == pytest.approx(0.1)
+    assert (fetch.slot_bias == 0).all() and (fetch.combine_norm.bias == 0).all()
+    assert (fetch.combine_norm.weight == 1).all() and (fetch.norm.weight == 1).all()
+    for name in ("qkv", "output"):
+        assert fetch.get_parameter(f"{name}.weight").std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_a_tied_matrix_is_counted_once():

@@ -18,6 +18,11 @@ from pretrain.config import load_config
 from pretrain.distributed import Ranks
 
 LOSSES = ["loss", "loss_next_token", "loss_next_latent", "loss_kl", "grad_norm"]
+RIVALS: dict[str, dict[str, object]] = {
+    "mtp": {"name": "mtp", "horizon": 2, "multi_token_weight": 1.0},
+    "jtp": {"name": "jtp", "horizon": 2, "joint_token_weight": 1.0},
+    "bst": {"name": "bst", "pair_fraction": 0.3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +36,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
 
     accumulating: dict[str, object] = {"batch.micro_sequences": 2}
     tied: dict[str, object] = {"model.tie_embeddings": True}
+    rival = {
+        name: {"objective": objective, "schedule.steps": 8, "schedule.warmup_steps": 2, "schedule.decay_steps": 3}
+        for name, objective in RIVALS.items()
+    }
     stopped = config("stopped", {"checkpoint.every": 4})
     run_many(
         2,
@@ -41,6 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
         config("zero3_tied", tied),
         f"{stopped}|run.stop_after=6",
         stopped,
+        *(config(f"zero3_{name}", {**changes, **accumulating}) for name, changes in rival.items()),
     )
     run_many(
         1,
@@ -48,6 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
         config("alone_whole_batch", {zero: 0, "batch.micro_sequences": 8}),
         config("alone_tied", {zero: 0, **tied}),
         config("gpt", {zero: 0, "objective": {"name": "next_token"}}),
+        *(config(f"alone_{name}", {**changes, zero: 0, "batch.micro_sequences": 8}) for name, changes in rival.items()),
     )
     return folder / "runs"
 
@@ -71,6 +82,19 @@ def test_sharding_and_accumulation_change_nothing(runs: Path, name: str, referen
             # A term that is nearly nothing carries the rounding of the sum that it is part of.
             assert mine[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), f"step {mine['step']}: {key}"
         assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rival_sharded_over_two_ranks_equals_one_rank_with_the_whole_batch(runs: Path, name: str) -> None:
+    """For BST ranks differ in the number of pairs, and so of chunks."""
+    ours, theirs = read_metrics(runs / f"zero3_{name}"), read_metrics(runs / f"alone_{name}")
+    assert len(ours) == len(theirs) == 8
+    losses = [key for key in theirs[-1] if "loss" in key]
+    assert len([key for key in losses if key.startswith("val_")]) == len(losses) / 2
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in ["grad_norm", *(key for key in losses if key in other)]:
+            assert mine[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), f"step {mine['step']}: {key}"
+    assert theirs[-1]["loss"] < theirs[0]["loss"] - 0.5
 
 
 def test_the_loss_falls(runs: Path) -> None:
@@ -126,8 +150,12 @@ def test_a_checkpoint_says_what_it_is(runs: Path) -> None:
         ({"model.width": 96}, "model.width=96, but .* was trained with 64"),
         ({"objective.horizon": 1}, "objective.horizon=1, but .* was trained with 2"),
         ({"batch.global_sequences": 16}, "batch.global_sequences=16, but"),
-        ({"deepspeed.zero_optimization.stage": 2}, "written by 2 ranks at ZeRO stage 3"),
+        (
+            {"run.seed": 2, "model.width": 96},
+            r"run.seed=2, but .* was trained with 1; model.width was 64, is 96; set it back",
+        ),
         ({"optimizer.learning_rate": 1e-3}, None),
+        ({"deepspeed.zero_optimization.stage": 2, "batch.micro_sequences": 2}, None),
     ],
 )
 def test_going_on_as_another_run_is_refused(
@@ -148,7 +176,7 @@ def test_going_on_with_other_data_is_refused(runs: Path, tiny_data: Path, tmp_pa
     source = str(tiny_data.parent / "source")
     prepare(["--source", source, "--tokenizer", "bytes", "--validation", "0.2", "--out", str(other)])
     config = load_config(write_run_config(tmp_path, other, "zero3", {}))
-    with pytest.raises(UserError, match=r"give that data, or choose another run\.name"):
+    with pytest.raises(UserError, match=r"made with tokenizer \w{12} \(bytes\), but .* was trained with \w{12} \(sent"):
         check_same_run(open_checkpoint(runs / "zero3").path, config, open_dataset(other), Ranks(0, 2, 0, 2))
 
 

@@ -189,47 +189,57 @@ def rotate(vector: Tensor, position: int, theta: float) -> Tensor:
     return torch.stack(left + right)
 
 
-def trunk(parameters: dict[str, Tensor], config: Config, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Hidden states and embeddings of the first T tokens, each document computed on its own."""
+def block(p: dict[str, Tensor], config: Config, x: Tensor) -> Tensor:
+    """One Llama block over the tokens of one document, (n, D)."""
     model = config.model
     heads, kv_heads, head_width = model.heads, model.kv_heads or model.heads, model.width // model.heads
-    documents = batch.document_ids[:, :-1].tolist()
-    embeddings = parameters["embed_tokens.weight"][batch.tokens[:, :-1]]
-    hidden_rows = []
-    for b, row in enumerate(documents):
-        hidden_row: list[Tensor] = []
+    y = rms_norm(x, p["input_layernorm.weight"], model.norm_epsilon)
+    mixed = []
+    for head in range(heads):
+        mine = slice(head * head_width, (head + 1) * head_width)
+        group = head // (heads // kv_heads)
+        shared = slice(group * head_width, (group + 1) * head_width)
+        query = y @ p["self_attn.q_proj.weight"][mine].T
+        key = y @ p["self_attn.k_proj.weight"][shared].T
+        value = y @ p["self_attn.v_proj.weight"][shared].T
+        keys = torch.stack([rotate(k, n, model.rope_theta) for n, k in enumerate(key)])
+        seen = []
+        for n in range(len(x)):
+            scores = keys[: n + 1] @ rotate(query[n], n, model.rope_theta)
+            seen.append(torch.softmax(scores / math.sqrt(head_width), 0) @ value[: n + 1])
+        mixed.append(torch.stack(seen))
+    x = x + torch.cat(mixed, -1) @ p["self_attn.o_proj.weight"].T
+    y = rms_norm(x, p["post_attention_layernorm.weight"], model.norm_epsilon)
+    gate = y @ p["mlp.gate_proj.weight"].T
+    up = y @ p["mlp.up_proj.weight"].T
+    return x + (gate * torch.sigmoid(gate) * up) @ p["mlp.down_proj.weight"].T
+
+
+def part(parameters: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+
+
+def residual_stream(
+    parameters: dict[str, Tensor], config: Config, embeddings: Tensor, batch: TokenBatch, layers: int
+) -> Tensor:
+    """(B, T, D) after the first `layers` blocks, each document computed on its own."""
+    rows = []
+    for b, row in enumerate(batch.document_ids[:, :-1].tolist()):
+        stream: list[Tensor] = []
         for document in dict.fromkeys(row):
-            places = [t for t, other in enumerate(row) if other == document]
-            x = torch.stack([embeddings[b, t] for t in places])
-            for layer in range(model.layers):
-                p = {
-                    name.removeprefix(f"layers.{layer}."): value
-                    for name, value in parameters.items()
-                    if name.startswith(f"layers.{layer}.")
-                }
-                y = rms_norm(x, p["input_layernorm.weight"], model.norm_epsilon)
-                mixed = []
-                for head in range(heads):
-                    mine = slice(head * head_width, (head + 1) * head_width)
-                    group = head // (heads // kv_heads)
-                    shared = slice(group * head_width, (group + 1) * head_width)
-                    query = y @ p["self_attn.q_proj.weight"][mine].T
-                    key = y @ p["self_attn.k_proj.weight"][shared].T
-                    value = y @ p["self_attn.v_proj.weight"][shared].T
-                    keys = torch.stack([rotate(k, n, model.rope_theta) for n, k in enumerate(key)])
-                    seen = []
-                    for n in range(len(places)):
-                        scores = keys[: n + 1] @ rotate(query[n], n, model.rope_theta)
-                        seen.append(torch.softmax(scores / math.sqrt(head_width), 0) @ value[: n + 1])
-                    mixed.append(torch.stack(seen))
-                x = x + torch.cat(mixed, -1) @ p["self_attn.o_proj.weight"].T
-                y = rms_norm(x, p["post_attention_layernorm.weight"], model.norm_epsilon)
-                gate = y @ p["mlp.gate_proj.weight"].T
-                up = y @ p["mlp.up_proj.weight"].T
-                x = x + (gate * torch.sigmoid(gate) * up) @ p["mlp.down_proj.weight"].T
-            hidden_row.extend(rms_norm(x, parameters["norm.weight"], model.norm_epsilon))
-        hidden_rows.append(torch.stack(hidden_row))
-    return torch.stack(hidden_rows), embeddings
+            x = torch.stack([embeddings[b, t] for t, other in enumerate(row) if other == document])
+            for layer in range(layers):
+                x = block(part(parameters, f"layers.{layer}."), config, x)
+            stream.extend(x)
+        rows.append(torch.stack(stream))
+    return torch.stack(rows)
+
+
+def trunk(parameters: dict[str, Tensor], config: Config, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Hidden states and embeddings of the first T tokens."""
+    embeddings = parameters["embed_tokens.weight"][batch.tokens[:, :-1]]
+    stream = residual_stream(parameters, config, embeddings, batch, config.model.layers)
+    return rms_norm(stream, parameters["norm.weight"], config.model.norm_epsilon), embeddings
 
 
 def losses_and_gradients(
@@ -240,16 +250,13 @@ def losses_and_gradients(
         name: parameter.detach().double().clone().requires_grad_() for name, parameter in model.named_parameters()
     }
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
-
-    hidden, embeddings = trunk(part("trunk."), config, batch)
+    hidden, embeddings = trunk(part(leaves, "trunk."), config, batch)
     objective = config.objective
     losses = nextlat(
         hidden,
         embeddings,
         leaves.get("lm_head.weight", leaves["trunk.embed_tokens.weight"]),
-        part("objective.dynamics."),
+        part(leaves, "objective.dynamics."),
         batch,
         objective.horizon,
         objective.next_latent_weight,

@@ -5,8 +5,18 @@ import torch
 import torch.nn.functional as F
 from reference import make_batch, rows_of
 
-from pretrain.config import NextLatConfig, NextTokenConfig
-from pretrain.objectives import LanguageModelHead, NextLat, NextToken, TokenBatch, build_objective
+from pretrain.config import Config
+from pretrain.objectives import (
+    BeliefState,
+    JointToken,
+    LanguageModelHead,
+    MultiToken,
+    NextLat,
+    NextToken,
+    Objective,
+    TokenBatch,
+    build_objective,
+)
 from pretrain.transformer import TrunkStates
 
 VOCAB, COLUMNS, WIDTH = 11, 13, 8
@@ -61,11 +71,38 @@ def test_the_head_alone_gives_logits():
     torch.testing.assert_close(head(hidden), torch.einsum("btd,vd->btv", hidden, head.weight))
 
 
+def build(objective: dict[str, object]) -> Objective:
+    """The objective that a config with this section gets."""
+    return build_objective(
+        Config.model_validate(
+            {
+                "run": {"name": "test"},
+                "model": {"layers": 3, "width": WIDTH, "heads": 2},
+                "objective": objective,
+                "data": {"path": "nowhere", "sequence_length": COLUMNS - 1},
+                "batch": {"global_sequences": 1, "micro_sequences": 1},
+                "optimizer": {"learning_rate": 0.001, "weight_decay": 0.0, "gradient_clip": None},
+                "schedule": {"name": "constant", "steps": 1},
+            }
+        )
+    )
+
+
 def test_the_objective_section_chooses_the_objective():
-    assert type(build_objective(NextTokenConfig(name="next_token"), WIDTH)) is NextToken
-    nextlat = NextLatConfig(name="nextlat", horizon=3, next_latent_weight=0.25, kl_weight=0.75, dynamics_width=5)
-    objective = build_objective(nextlat, WIDTH)
+    assert type(build({"name": "next_token"})) is NextToken
+    objective = build(
+        {"name": "nextlat", "horizon": 3, "next_latent_weight": 0.25, "kl_weight": 0.75, "dynamics_width": 5}
+    )
     assert type(objective) is NextLat
     assert (objective.horizon, objective.next_latent_weight, objective.kl_weight) == (3, 0.25, 0.75)
     assert objective.dynamics.hidden.weight.shape == (5, 5)
     assert objective.dynamics.input.weight.shape == (5, 2 * WIDTH)
+    heads = build({"name": "mtp", "horizon": 3, "multi_token_weight": 0.25})
+    assert type(heads) is MultiToken
+    assert (len(heads.heads), heads.weight) == (3, 0.25)
+    joint = build({"name": "jtp", "horizon": 3, "joint_token_weight": 0.25})
+    assert type(joint) is JointToken
+    assert (joint.horizon, joint.weight, joint.fetch.slot_bias.shape) == (3, 0.25, (2, 4, 4))
+    belief = build({"name": "bst", "pair_fraction": 0.5})
+    assert type(belief) is BeliefState
+    assert (belief.fraction, len(belief.backward_encoder.layers)) == (0.5, 3)

@@ -25,7 +25,6 @@ from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import is_validation
 from data_pipeline.workers import Workers
 
-
 SHARD_SAMPLES = 1 << 14  # of a task
 VALIDATION = 99  # the purpose of a task's random bits that choose the validation split
 

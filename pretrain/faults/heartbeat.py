@@ -100,8 +100,8 @@ def read_beats(folder: Path, ranks: int) -> dict[int, Beat]:
 def main_thread_position() -> tuple[str, bool]:
     """The main thread's innermost line of Python, and whether it waits there for other ranks.
 
-    Waiting is told by what is called: torch's or DeepSpeed's communication, or a handle's `wait`. On a GPU a thread
-    also waits in any copy to the host, which cannot be told from other work; there the flight recorder helps.
+    Waiting is told by what is called: torch's or DeepSpeed's communication, or `wait` of a handle of DeepSpeed's. On
+    a GPU a thread also waits in any copy to the host, which cannot be told from work; there the flight recorder helps.
     """
     innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     if innermost is None:
@@ -112,7 +112,8 @@ def main_thread_position() -> tuple[str, bool]:
         if frame is None:
             break
         file = frame.f_code.co_filename.replace(os.sep, "/")
-        if "torch/distributed/" in file or "deepspeed/comm/" in file or frame.f_code.co_name == "wait":
+        in_handle = "deepspeed/" in file and frame.f_code.co_name == "wait"
+        if in_handle or "torch/distributed/" in file or "deepspeed/comm/" in file:
             return where, True
         frame = frame.f_back
     return where, False

@@ -1,0 +1,36 @@
+"""Runs configs one after the other on one rank; a signal comes in the first call of a function of pretrain.train's.
+
+Arguments: `config`, or `config|function`. What train() returns is written to the run's folder, a line for each start.
+"""
+
+import functools
+import signal
+import sys
+
+import torch.distributed as dist
+
+from pretrain import train
+from pretrain.config import load_config
+
+
+def signalling(function):
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        path, _, name = argument.partition("|")
+        config = load_config(path)
+        original = getattr(train, name) if name else None
+        if original:
+            setattr(train, name, signalling(original))
+        with (config.run.folder.parent / f"{config.run.name}_returned").open("a") as file:
+            file.write(f"{train.train(config)}\n")
+        if original:
+            setattr(train, name, original)
+    dist.destroy_process_group()

@@ -53,7 +53,7 @@ class HangMonitor:
         self.ranks = ranks
         self._limit = 60 * config.faults.hang_minutes
         self._slow_limit = max(self._limit, 60 * config.faults.slow_phase_minutes)
-        self._heart = Heart(ranks.rank)
+        self._heart = Heart(ranks.rank, silent_after=self._limit / 2)
         self._first_step: int | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang-monitor", daemon=True)

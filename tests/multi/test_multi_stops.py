@@ -1,4 +1,4 @@
-"""Told to stop before training, in validation, while saving, or by the clock: saved, exit code 75, nothing lost."""
+"""Told to stop before training, in validation, while saving, by the clock: saved, exit code 75, nothing lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 from launch import environment, read_metrics, without_times
 
-from pretrain.checkpoints import open_checkpoint
 from pretrain.faults import EXIT_STOPPED
 
 WriteConfig = Callable[..., Path]
@@ -39,20 +38,13 @@ def test_a_signal_while_torch_is_imported_stops_the_run_before_its_first_step(
     assert read_metrics(tmp_path / "runs" / "early") == []
 
 
-def test_the_time_budget_saves_and_exits_with_the_code_of_a_stop(write_config: WriteConfig, tmp_path: Path) -> None:
-    endless: dict[str, object] = {"schedule": {"name": "constant", "steps": 10**6}, "run.wall_clock_minutes": 0.05}
-    process = start(write_config("budget", SMALL | endless))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_STOPPED, output
-    assert "run.wall_clock_minutes=0.05 are over at step" in output
-    run = tmp_path / "runs" / "budget"
-    assert open_checkpoint(run).step == len(read_metrics(run)) > 0
-
-
-def test_stops_in_validation_and_while_saving_change_no_digit(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_stops_in_validation_while_saving_and_by_the_clock_change_no_digit(
+    write_config: WriteConfig, tmp_path: Path
+) -> None:
     (tmp_path / "runs").mkdir()
     validating = write_config("validating", SMALL | {"validation.every": 4})
     saving = write_config("saving", SMALL | {"validation.every": 4, "checkpoint.every": 3})
+    budget = write_config("budget", SMALL | {"validation.every": 4, "run.wall_clock_minutes": 59})
     whole = write_config("whole", SMALL | {"validation.every": 4})
     script = str(Path(__file__).with_name("signalled_runs.py"))
     starts = [
@@ -61,6 +53,8 @@ def test_stops_in_validation_and_while_saving_change_no_digit(write_config: Writ
         f"{saving}|save",
         f"{saving}|validate",
         f"{saving}",
+        f"{budget}|clock",
+        f"{budget}",
         f"{whole}",
     ]
     result = subprocess.run([sys.executable, script, *starts], env=environment(), capture_output=True, text=True)
@@ -70,7 +64,9 @@ def test_stops_in_validation_and_while_saving_change_no_digit(write_config: Writ
     assert (runs / "saving_returned").read_text().split() == ["False", "False", "True"]
     assert "received SIGTERM at step 4 of 20" in result.stdout, "in validation: at once"
     assert "received SIGTERM at step 3 of 20" in result.stdout, "while saving: no step more"
+    assert (runs / "budget_returned").read_text().split() == ["False", "True"]
+    assert "run.wall_clock_minutes=59 are over at step 1 of 20" in result.stdout
     expected = without_times(read_metrics(runs / "whole"))
     assert "val_loss" in expected[3]
-    for name in ("validating", "saving"):
+    for name in ("validating", "saving", "budget"):
         assert without_times(read_metrics(runs / name)) == expected

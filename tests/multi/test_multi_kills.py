@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks.kill_matrix import INSTANTS, Row, kill_and_compare, make_reference, table

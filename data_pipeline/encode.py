@@ -56,7 +56,8 @@ def encode_all(
 ) -> tuple[dict[int, dict[str, Any]], Counter[str], int]:
     """Write every shard of ours that is not finished.
 
-    task: whose samples are made, where the source is one. Returns the records of ours by shard number, what was skipped in the source, and how many shards there are in all.
+    task: whose samples are made, where the source is one. Returns the records of ours by shard number, what was
+    skipped in the source, and how many shards there are in all.
     """
     skipped: Counter[str] = Counter()
     documents = islice(source.read(skipped), settings["limit"])

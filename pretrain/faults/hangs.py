@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +53,7 @@ class HangMonitor:
         self.ranks = ranks
         self._limit = 60 * config.faults.hang_minutes
         self._slow_limit = max(self._limit, 60 * config.faults.slow_phase_minutes)
-        self._heart = Heart(ranks.rank)
+        self._heart = Heart(ranks.rank, silent_after=self._limit / 2)
         self._first_step: int | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang-monitor", daemon=True)
@@ -100,21 +101,30 @@ class HangMonitor:
         return all(beat.silent(now) or beat.overdue(now) for beat in beats)
 
     def _end_job(self) -> None:
+        """Write what is known and end this process; unless it gets on meanwhile, say because it was only stopped."""
+        stuck = self._heart.last
         try:
             self._write_stacks()
             ask_for_stacks(beat for beat in self._beats().values() if beat.silent(time.time()))
-            self._closed.wait(GRACE_SECONDS)
-            if self._closed.is_set():  # it got on at the last moment
+            if not self._still_in(stuck):
                 return
             now, beats = time.time(), self._beats()
             speakers = [rank for rank, beat in beats.items() if not beat.silent(now)]
             if self.ranks.rank == min(speakers, default=self.ranks.rank):
                 self._report(beats, now)
-            else:
-                time.sleep(GRACE_SECONDS)  # whoever ends first is ended by all: let it be the one that reports
-        finally:
-            if not self._closed.is_set():
-                os._exit(EXIT_HUNG)
+            elif not self._still_in(stuck):  # whoever ends first is ended by all: let it be the one that reports
+                return
+        except Exception:  # the end must not depend on a disk or on the other ranks' files
+            traceback.print_exc()
+        os._exit(EXIT_HUNG)
+
+    def _still_in(self, stuck: Beat) -> bool:
+        """Whether this rank is in the same phase as before when a time of grace is over."""
+        self._closed.wait(GRACE_SECONDS)
+        got_on = self._closed.is_set() or self._heart.last is not stuck
+        if got_on:
+            print(f"warning: {stuck.in_words(time.time())}; it gets on again", file=sys.stderr, flush=True)
+        return not got_on
 
     def _beats(self) -> dict[int, Beat]:
         return read_beats(self.logs, self.ranks.world)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -31,6 +32,8 @@ class Beat:
     """When the phase began."""
     limit_seconds: float
     """How long the phase may take."""
+    silent_after: float
+    """Seconds without a new beat after which the process counts as silent, whatever its phase may take."""
     time: float
     """When this was written."""
     where: str = ""
@@ -40,7 +43,7 @@ class Beat:
 
     def silent(self, now: float) -> bool:
         """Whether the process does not even write this file any more."""
-        return now - self.time > self.limit_seconds / 2
+        return now - self.time > self.silent_after
 
     def overdue(self, now: float) -> bool:
         """Whether the phase takes longer than it may."""
@@ -57,18 +60,14 @@ class Beat:
 class Heart:
     """Keeps this rank's beat: in memory, at a cost of microseconds, until it is written."""
 
-    def __init__(self, rank: int) -> None:
-        process = psutil.Process()
-        self.last = Beat(
-            rank, socket.gethostname(), process.pid, process.create_time(), 0, "start", time.time(), 0.0, 0.0
-        )
+    def __init__(self, rank: int, silent_after: float) -> None:
+        process, now = psutil.Process(), time.time()
+        host, started = socket.gethostname(), process.create_time()
+        self.last = Beat(rank, host, process.pid, started, 0, "start", now, math.inf, silent_after, now)
 
     def beat(self, step: int, phase: str, limit_seconds: float) -> None:
         """A phase begins."""
-        old = self.last
-        self.last = Beat(
-            old.rank, old.host, old.pid, old.process_started, step, phase, time.time(), limit_seconds, old.time
-        )
+        self.last = replace(self.last, step=step, phase=phase, since=time.time(), limit_seconds=limit_seconds)
 
     def write(self, folder: Path) -> None:
         """Put the beat where the others find it; whoever reads meanwhile sees the one before."""
@@ -100,8 +99,8 @@ def read_beats(folder: Path, ranks: int) -> dict[int, Beat]:
 def main_thread_position() -> tuple[str, bool]:
     """The main thread's innermost line of Python, and whether it waits there for other ranks.
 
-    Waiting is told by what is called: torch's or DeepSpeed's communication, or a handle's `wait`. On a GPU a thread
-    also waits in any copy to the host, which cannot be told from other work; there the flight recorder helps.
+    Waiting is told by what is called: torch's or DeepSpeed's communication, or `wait` of a handle of DeepSpeed's. On
+    a GPU a thread also waits in any copy to the host, which cannot be told from work; there the flight recorder helps.
     """
     innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     if innermost is None:
@@ -112,7 +111,8 @@ def main_thread_position() -> tuple[str, bool]:
         if frame is None:
             break
         file = frame.f_code.co_filename.replace(os.sep, "/")
-        if "torch/distributed/" in file or "deepspeed/comm/" in file or frame.f_code.co_name == "wait":
+        in_handle = "deepspeed/" in file and frame.f_code.co_name == "wait"
+        if in_handle or "torch/distributed/" in file or "deepspeed/comm/" in file:
             return where, True
         frame = frame.f_back
     return where, False

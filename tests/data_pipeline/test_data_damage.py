@@ -115,10 +115,25 @@ def test_a_bad_shard_is_skipped_and_counted(dataset: Dataset, tmp_path: Path) ->
         Stream(bad.split("train"), on_damage="ignore", **SIZES)
 
 
-def test_a_shard_that_vanishes_is_skipped_too(make_dataset: Callable[..., Dataset]) -> None:
-    dataset = make_dataset([50] * 12, shards=3)
-    stream = Stream(dataset.split("train"), seed=0, sequence_length=10, global_sequences=4, on_damage="skip")
-    (dataset.path / "train/00002.tokens").unlink()
+@pytest.mark.parametrize("kind", ["tokens", "documents"])
+def test_a_shard_that_vanishes_is_skipped_too(make_dataset: Callable[..., Dataset], kind: str) -> None:
+    path = make_dataset([50] * 12, shards=3).path
+    (path / f"train/00002.{kind}").unlink()
+    with pytest.raises(UserError, match="missing from the data set"):
+        open_dataset(path)
+    split = open_dataset(path, check_files=False).split("train")
+    stream = Stream(split, seed=0, sequence_length=10, global_sequences=4, on_damage="skip")
     batches = [stream.batch(step) for step in range(15)]
     assert 0 < stream.skipped["samples"] < 60
     assert sum(int((b.document_ids[:, 0] == -1).sum()) for b in batches) == stream.skipped["samples"]
+
+
+def test_a_bad_shard_in_the_middle_of_a_sequence_is_skipped(make_dataset: Callable[..., Dataset]) -> None:
+    """Sequences of 30 tokens over shards of 10: most of those that read the bad one neither begin nor end in it."""
+    dataset = make_dataset([10] * 12, shards=12)
+    (dataset.path / "train/00005.tokens").write_bytes(b"\1" * 20)
+    stream = Stream(dataset.split("train"), seed=0, sequence_length=30, global_sequences=1, on_damage="skip")
+    starts = {int(stream.sample_numbers(step)["sample"][0]) * 30: stream.batch(step) for step in range(3)}
+    assert starts.keys() == {0, 30, 60}
+    for start, batch in starts.items():
+        assert (batch.document_ids == -1).all() == (start <= 59 and start + 30 >= 50)

@@ -98,7 +98,7 @@ class NextLat(Objective):
         kl_weights_dBT: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Weighted sums of cross-entropy () and of the rollouts' token loss (d,), from all or some of the positions."""
-        targets_BT = batch.tokens[:, 1:]
+        targets_BT = batch.targets
         freeze_head = self.config.stop_gradient_head or self.dynamics_only
         options = {"rollout_loss": self.config.rollout_loss, "freeze_head": freeze_head}
         if self.config.kl_positions == 1.0 or batch.row_seeds is None:

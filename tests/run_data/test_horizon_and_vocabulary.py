@@ -26,13 +26,14 @@ def test_a_horizon_that_no_document_has_room_for_is_refused_in_one_line(
     def config(horizon: int) -> Path:
         return write_config("long", {"objective.horizon": horizon, "data.sequence_length": longest + 10})
 
-    check_horizon(load_config(config(longest - 1)), open_dataset(tiny_data))
+    check_horizon(load_config(config(longest - 1)), {"data": open_dataset(tiny_data)})
     with pytest.raises(UserError) as refusal:
         open_data(load_config(config(longest)))
-    assert str(refusal.value) == (
+    message = str(refusal.value)
+    assert message.startswith(
         f"objective.horizon={longest} needs documents of {longest + 1} tokens, and the longest of "
-        f"data.path={tiny_data} has {longest}; shorten the horizon, or give longer documents"
     )
+    assert message.endswith(f" has {longest}; shorten the horizon, or give longer documents")
 
 
 def test_a_vocabulary_may_be_larger_than_the_datas_and_not_smaller(write_config: Callable[..., Path]) -> None:

@@ -2,9 +2,9 @@
 
 Each walk starts at its origin and follows true streets, and streets added before, as far as they go. Where no street
 of the wanted heading leads on, one is added: to the crossing, within RADIUS of here, from which known streets follow
-the rest of the walk furthest, or to the destination where one turn is left. An added street is one that the city does not
-have: it is false. A walk that cannot be explained so is counted and left out. After the reconstruction of Vafa et al.,
-with one street for each crossing and heading.
+the rest of the walk furthest, or to the destination where one turn is left. An added street is one that the city does
+not have: it is false. A walk that cannot be explained so is counted and left out. After the reconstruction of Vafa et
+al., with one street for each crossing and heading.
 """
 
 from __future__ import annotations

@@ -33,6 +33,9 @@ LOSS_TERMS = {
     "loss_next_token": ("Next token", "nats per token"),
     "loss_next_latent": ("Next latent", "SmoothL1"),
     "loss_kl": ("KL of rollout", "nats per token"),
+    "loss_multi_token": ("Extra heads of MTP", "nats per token"),
+    "loss_joint_token": ("Joint tokens of JTP", "nats per token"),
+    "loss_previous_token": ("Previous token of BST", "nats per token"),
     "loss": ("Whole objective", "weighted sum"),
 }
 STYLE = """

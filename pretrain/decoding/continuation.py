@@ -8,6 +8,7 @@ import torch
 
 from pretrain.decoding.drafting import AdaptiveLength, DraftLength, FixedLength, draft_with_latent_dynamics
 from pretrain.decoding.loading import Export
+from pretrain.decoding.rivals import AtMost
 from pretrain.decoding.sampling import Sampling
 from pretrain.decoding.speculative import DecodingStatistics, generate
 
@@ -28,6 +29,8 @@ def continue_text(
     generator = None if seed is None else torch.Generator(export.model.device).manual_seed(seed)
     step = draft_with_latent_dynamics(export.model, export.dynamics) if draft and export.dynamics else None
     length: DraftLength = AdaptiveLength() if isinstance(draft, str) else FixedLength(draft)
+    if draft and step is None and export.can_draft:
+        step, length = export.model.draft_step, AtMost(length, export.model.longest_draft)
     return generate(
         export.model,
         prompt,

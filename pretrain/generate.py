@@ -33,8 +33,8 @@ def parse_draft(text: str | None, can_draft: bool, where: str | Path) -> int | s
         raise UserError(f"--draft {text}: give a number of tokens of at least 1, auto or off")
     if not can_draft:
         raise UserError(
-            f"--draft {text}: {where} has no latent dynamics model or other heads to draft with; use "
-            "--draft off, or a model trained with objective.name=nextlat or mtp"
+            f"--draft {text}: {where} has no latent dynamics model to draft with; use --draft off, or a model "
+            "trained with objective.name=nextlat or mtp"
         )
     return text if text == "auto" else int(text)
 

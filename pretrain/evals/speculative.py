@@ -139,8 +139,8 @@ def check(subject: Subject, dataset: Dataset, limit: int | None) -> None:
     """Needs something to draft with, and prompts."""
     if not subject.can_draft:
         raise UserError(
-            f"{subject.path}: has no latent dynamics model or other heads to draft with; the suite speculative needs "
-            "a model trained with objective.name=nextlat, mtp or jtp"
+            f"{subject.path}: has no latent dynamics model to draft with; the suite speculative needs a model "
+            "trained with objective.name=nextlat, mtp or jtp"
         )
     cut_prompts(subject, dataset, 1)
 

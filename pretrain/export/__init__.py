@@ -102,9 +102,9 @@ def _plan(checkpoint: Checkpoint) -> tuple[list[Plan], list[Plan]]:
         model = PretrainingModel(checkpoint.config, checkpoint.vocab_size)
     if model.objective.needed_at_inference:
         raise UserError(
-            f"{checkpoint.path}: objective.name={checkpoint.config.objective.name} predicts the next token with modules "
-            "of its own, which LlamaForCausalLM has no place for; evaluate the checkpoint itself with python -m "
-            "pretrain.evaluate"
+            f"{checkpoint.path}: objective.name={checkpoint.config.objective.name} predicts the next token with "
+            "modules of its own, which LlamaForCausalLM has no place for; evaluate the checkpoint itself with "
+            "python -m pretrain.evaluate"
         )
     check_names(model, checkpoint)
     trunk, drafter = [], []

@@ -1,4 +1,4 @@
-"""Drafts of MTP's heads and of JTP's Fetch: greedy text stays plain greedy text, and the states are the trained ones."""
+"""Drafts of MTP's heads and of JTP's Fetch: greedy text stays plain greedy text; states are the trained ones."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ lint: $(READY)
 	ruff check .
 	ruff format --check .
 	mypy
+	shellcheck --external-sources slurm/*.sh
 
 format: $(READY)
 	ruff check --fix .

@@ -22,6 +22,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -30,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.damage import DamagedFile
-from data_pipeline.errors import FULL_DISK, UserError
+from data_pipeline.errors import FULL_DISK, UserError, is_failed_reading
 from data_pipeline.shards import MANIFEST, Dataset, parse_manifest
 from data_pipeline.splits import OpenFile
 
@@ -71,8 +72,7 @@ class Cache:
 
         download: writes the content, of `size` bytes and sha256 `key`, or raises. Raises CacheFull.
         """
-        if size > self.limit:
-            raise UserError(f"cache {self.folder}: {self.limit:,} bytes cannot hold a file of {size:,}: make it larger")
+        self.check_holds(size)
         while True:
             with self._locked():
                 if file := self._open_held(self.folder / key, fcntl.LOCK_SH):
@@ -90,6 +90,11 @@ class Cache:
                     break
             self._wait_for(partial)
         return self._fill(key, mine, partial, download)
+
+    def check_holds(self, size: int) -> None:
+        """Raise UserError if a file of this size cannot be held even alone."""
+        if size > self.limit:
+            raise UserError(f"cache {self.folder}: {self.limit:,} bytes cannot hold a file of {size:,}: make it larger")
 
     def _fill(self, key: str, file: BinaryIO, partial: Path, download: Callable[[BinaryIO], None]) -> BinaryIO:
         try:
@@ -252,7 +257,9 @@ def retry(action: Callable[[], T], name: str) -> T:
             return action()
         except (FileNotFoundError, PermissionError) as error:
             raise UserError(f"{name}: cannot be read ({error}): check the address and your access to it") from error
-        except Exception as error:  # each protocol has errors of its own
+        except Exception as error:
+            if not is_failed_reading(error):
+                raise
             if attempt == ATTEMPTS - 1:
                 raise UserError(
                     f"{name}: cannot be read after {ATTEMPTS} attempts ({error}): check the network"
@@ -278,12 +285,14 @@ def open_remote(url: str, cache: str | os.PathLike[str] | None, cache_bytes: int
         raise UserError(f"{url}: {error}: give a folder or an fsspec URL") from error
     content = retry(lambda: read_remote(f"{url}/{MANIFEST}"), f"{url}/{MANIFEST}")
     manifest = parse_manifest(content, f"{url}/{MANIFEST}")
+    files: OpenFile = RemoteFiles(url, kept)
+    remote = Dataset(Path(), manifest, files, open_files=0, remote=True)
+    kept.check_holds(max((entry["bytes"] for entry in remote.files()), default=0))
     folder = Path(f"{os.fspath(cache)}.manifests") / manifest["fingerprint"]
     _keep(folder / MANIFEST, content)
     if name := manifest["tokenizer"]["file"]:
         _keep(folder / name, retry(lambda: read_remote(f"{url}/{name}"), f"{url}/{name}"))
-    files: OpenFile = RemoteFiles(url, kept)
-    return Dataset(folder, manifest, files, open_files=0, remote=True)
+    return replace(remote, path=folder)
 
 
 def _keep(path: Path, content: bytes) -> None:

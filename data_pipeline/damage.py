@@ -78,7 +78,7 @@ class ShardCheck:
         self.damage: dict[int, str | None] = {}
 
     def are_whole(self, shards: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether all shards of each row of (B, 2), the first and the last that it reads, are whole: (B,)."""
+        """Whether all shards of each row (B, any number) are whole: (B,)."""
         for number in np.unique(shards).tolist():
             if number not in self.damage:
                 self.damage[number] = shard_damage(self.split, number)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, is_failed_reading
 
 FOLDER_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
@@ -127,8 +127,11 @@ def _files(spec: str, fields: Fields) -> Source:
         listing = _list(fs, spec, path)
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is missing
         raise UserError(f"source {spec}: {error}: give stdlib, a path or URL of text files, or hub:NAME") from error
-    except OSError as error:
-        raise UserError(f"source {spec}: cannot be read ({error.strerror or error}): check its permissions") from error
+    except Exception as error:
+        if not is_failed_reading(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"source {spec}: cannot be read ({reason}): check the network and your access") from error
     if not listing:
         raise UserError(
             f"source {spec}: nothing found: give an existing file, a glob that matches, or a folder of "
@@ -187,8 +190,10 @@ def _read_file(fs: Any, name: str, size: int, fields: Fields, skipped: Counter[s
                 yield from readers[kind](file, raw, name, size, fields, skipped)
             else:
                 yield from _checked(lambda: _read_text(file.read(), name, size), fields, skipped)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{name}: cannot be read ({error}): restore the file or leave it out") from error
+    except Exception as error:
+        if isinstance(error, zlib.error) or is_failed_reading(error):
+            raise UserError(f"{name}: cannot be read ({error}): restore the file or leave it out") from error
+        raise
 
 
 def _checked(make: Callable[[], Document], fields: Fields, skipped: Counter[str]) -> Iterator[Document]:
@@ -346,7 +351,9 @@ def _hub(spec: str, fields: Fields) -> Source:
             records = datasets.load_dataset(name, config or None, split=split, streaming=True)
             for number, record in enumerate(records, 1):
                 yield from _checked(partial(_record, record, f"hub:{spec} row {number}", 0, fields), fields, skipped)
-        except (OSError, ValueError) as error:  # no network, no such data set, config or split
+        except Exception as error:
+            if not (isinstance(error, ValueError) or is_failed_reading(error)):  # no such data set, config or split
+                raise
             raise UserError(f"source hub:{spec}: {error}: check the name, config, split and network") from error
 
     parts = fields.text if fields == Fields(fields.text) else asdict(fields)

@@ -9,10 +9,20 @@ from collections.abc import Callable
 from typing import NoReturn
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# The packages behind fsspec's protocols raise classes of their own, many of which are no OSError.
+NETWORK_PACKAGES = {"aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "httpx"}
+NETWORK_PACKAGES |= {"huggingface_hub", "paramiko", "requests", "urllib3"}
 
 
 class UserError(Exception):
     """A mistake that the user can mend; its text is one line that names the thing and the remedy."""
+
+
+def is_failed_reading(error: BaseException) -> bool:
+    """Whether a network or a disk threw this. A plain TypeError or KeyError is a defect of ours, not to be hidden."""
+    if isinstance(error, (OSError, EOFError)):
+        return True
+    return any(kind.__module__.partition(".")[0] in NETWORK_PACKAGES for kind in type(error).__mro__)
 
 
 def run_command(main: Callable[[list[str] | None], None]) -> NoReturn:

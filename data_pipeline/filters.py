@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 from data_pipeline.documents import Document
 from data_pipeline.errors import UserError
+from data_pipeline.seen import SeenTexts
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Filters:
 
     min_characters, max_characters: of its text. languages: codes like "en", of which it must have one: the value of
     the source's language field, or without such a field what py3langid makes of the text. deduplicate: keep the
-    first of documents with the same text; takes about 100 bytes of memory for each document kept.
+    first of documents with the same text; takes 18 to 36 bytes of memory for each document kept.
     """
 
     min_characters: int | None = None
@@ -46,14 +46,14 @@ class Filters:
     def apply(self, documents: Iterable[Document], skipped: Counter[str]) -> Iterator[Document]:
         """The documents that are kept, in their order; `skipped` counts the others by reason."""
         detect = _detector() if self.languages and not self.language_field else None
-        seen: set[bytes] = set()
+        seen = SeenTexts()
         for document in documents:
             if reason := self._reason(document, detect, seen):
                 skipped[reason] += 1
             else:
                 yield document
 
-    def _reason(self, document: Document, detect: Callable[[str], str] | None, seen: set[bytes]) -> str | None:
+    def _reason(self, document: Document, detect: Callable[[str], str] | None, seen: SeenTexts) -> str | None:
         if self.min_characters is not None and len(document.text) < self.min_characters:
             return "too short"
         if self.max_characters is not None and len(document.text) > self.max_characters:
@@ -62,11 +62,8 @@ class Filters:
             language = detect(document.text) if detect else document.language
             if language not in self.languages:
                 return "other language"
-        if self.deduplicate:
-            digest = hashlib.sha256(document.text.encode()).digest()[:16]
-            if digest in seen:
-                return "repeated"
-            seen.add(digest)
+        if self.deduplicate and not seen.add(document.text):
+            return "repeated"
         return None
 
 

@@ -12,20 +12,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
-import hashlib
-import heapq
-import json
 import os
 import platform
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,42 +34,16 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from data_pipeline.documents import Document, Fields, Source, open_source
+from data_pipeline.claim import PART, WORK, already_complete, claim, part_already_complete
+from data_pipeline.documents import Fields, open_source
+from data_pipeline.encode import encode_all
 from data_pipeline.errors import UserError, run_command
 from data_pipeline.filters import Filters
-from data_pipeline.shards import (
-    FORMAT,
-    MANIFEST,
-    SPLITS,
-    Dataset,
-    open_dataset,
-    write_file,
-    write_json,
-    write_manifest,
-    write_shard,
-)
-from data_pipeline.tokenizers import Tokenizer, load_tokenizer, tokenizer_file, train_sentencepiece
-from data_pipeline.workers import Workers
+from data_pipeline.shards import FORMAT, MANIFEST, SPLITS, Dataset, open_dataset, write_json, write_manifest
+from data_pipeline.vocabulary import provide_tokenizer, tokenizer_identity
 
-WORK = ".preparing"
-PART = "part.json"
 NO_FILTERS = Filters()
 SHARD_BYTES = 4 << 20
-SAMPLE_BYTES = 8 << 20  # text that a vocabulary is trained on; four times as much improves bytes per token by < 1%
-SAMPLE_WINDOW = 1 << 30  # source text that the sample is chosen from
-SAMPLE_DOCUMENT = 1 << 18  # characters of one document, so that no single one fills the sample
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The documents of one task. sha256: of all their text, by which a later run knows them again."""
-
-    number: int
-    texts: dict[str, list[str]]
-    names: dict[str, list[str]]
-    text_bytes: dict[str, int]
-    source_bytes: int
-    sha256: str
 
 
 def prepare(
@@ -112,7 +78,7 @@ def prepare(
     documents = open_source(source, Fields(field, filters.language_field, invalid == "skip"))
     unfiltered = documents.read
     documents = replace(documents, read=lambda skipped: filters.apply(unfiltered(skipped), skipped))
-    kind, file = _tokenizer_spec(tokenizer)
+    kind, file = tokenizer_identity(tokenizer)
     settings = {
         "format": FORMAT,
         "source": documents.identity,
@@ -124,15 +90,15 @@ def prepare(
     }
     claimed = settings | ({"part": part} if part else {})
     if (folder / MANIFEST).exists() and not part:
-        return _already_complete(folder, settings, console)
+        return already_complete(folder, settings, console)
     if (folder / PART).exists():
-        _part_already_complete(folder, claimed, console)
+        part_already_complete(folder, claimed, console)
         return None
-    with _claim(folder, claimed):
+    with claim(folder, claimed):
         bar = _progress(console)
         with bar:
-            made = _tokenizer(folder, file or tokenizer, documents, validation, limit, bar)
-            records, skipped, count = _encode_all(
+            made = provide_tokenizer(folder, file or tokenizer, documents, validation, limit, bar)
+            records, skipped, count = encode_all(
                 folder, made, documents, settings, workers, bar, lambda number: number % parts == part_number
             )
         if not count:
@@ -169,17 +135,6 @@ def _parse_part(part: str | None) -> tuple[int, int]:
     return int(number) - 1, int(parts)
 
 
-def _part_already_complete(folder: Path, claimed: dict[str, Any], console: Console) -> None:
-    made = _read_json(folder / PART)
-    if made["about"]["settings"] | {"part": made["part"]} != claimed:
-        raise UserError(
-            f"{folder}: holds part {made['part']} of a data set made with other options: remove it or choose "
-            "another --out"
-        )
-    shutil.rmtree(folder / WORK, ignore_errors=True)
-    console.print(f"{folder}: part {made['part']} is already complete", soft_wrap=True)
-
-
 def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -195,249 +150,6 @@ def _check_options(workers: int, validation: float, limit: int | None, shard_byt
         raise UserError(f"--limit {limit}: give 1 document or more")
     if shard_bytes < 1:
         raise UserError(f"--shard-bytes {shard_bytes}: give 1 or more")
-
-
-# ---- the folder while it is being filled
-
-
-def _already_complete(folder: Path, settings: dict[str, Any], console: Console) -> Dataset:
-    dataset = open_dataset(folder)
-    if dataset.manifest.get("settings") != settings:
-        raise UserError(
-            f"{folder}: holds a data set made from another source or with other options: remove it or choose "
-            "another --out"
-        )
-    shutil.rmtree(folder / WORK, ignore_errors=True)  # of a run killed between the manifest and this
-    console.print(f"{folder} is already complete: {dataset.split('train').tokens:,} training tokens", soft_wrap=True)
-    return dataset
-
-
-@contextmanager
-def _claim(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Hold the folder for this process and these settings. Raises UserError if it is someone else's."""
-    work = folder / WORK
-    try:
-        if folder.exists() and not work.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder}: not empty and not a data set in the making: choose another --out")
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")  # held until the end of the block below
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}): choose another --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: another process is preparing it: wait for it or choose another --out"
-            ) from error
-        record = work / "settings.json"
-        if not record.exists() or _read_json(record) != settings:
-            if any(work.glob("[0-9]*.json")):
-                raise UserError(
-                    f"{folder}: begun with another source or other options: remove it or choose another --out"
-                )
-            # Nothing is finished, as after a source that was refused and mended: begin afresh.
-            (folder / "tokenizer.model").unlink(missing_ok=True)
-            write_json(record, settings)
-        yield
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged: remove the folder it is in and prepare again") from error
-
-
-# ---- the tokenizer
-
-
-def _tokenizer_spec(spec: str) -> tuple[str, str | None]:
-    """What identifies a tokenizer in the settings, and its file, if any. Raises UserError if it is none."""
-    if spec == "bytes":
-        return spec, None
-    if spec.startswith("train:"):
-        _vocabulary_to_train(spec)
-        return f"{spec} with sentencepiece {sentencepiece.__version__}", None
-    return load_tokenizer(spec).fingerprint, spec
-
-
-def _vocabulary_to_train(spec: str) -> int:
-    kind, _, size = spec.removeprefix("train:").partition(":")
-    if kind != "sentencepiece" or not size.isdecimal():
-        raise UserError(f"tokenizer {spec}: write train:sentencepiece:VOCAB, for example train:sentencepiece:4096")
-    return int(size)
-
-
-def _tokenizer(
-    folder: Path, spec: str, source: Source, validation: float, limit: int | None, bar: Progress
-) -> Tokenizer:
-    """The tokenizer that the data set keeps: copied into its folder, or trained there unless that is done."""
-    if spec == "bytes":
-        return load_tokenizer(spec)
-    if not spec.startswith("train:"):
-        name, content = tokenizer_file(spec)
-        write_file(folder / name, content)
-        return load_tokenizer(folder / name, eos_id=load_tokenizer(spec).eos_id)
-    kept = folder / "tokenizer.model"
-    if not kept.exists():
-        texts = _sample(source, validation, limit, bar)
-        task = bar.add_task(f"training {_vocabulary_to_train(spec):,} pieces", total=None, rates="")
-        write_file(kept, train_sentencepiece(texts, _vocabulary_to_train(spec)))
-        bar.update(task, total=1, completed=1, visible=False)
-    return load_tokenizer(kept)
-
-
-def _sample(source: Source, validation: float, limit: int | None, bar: Progress) -> list[str]:
-    """Training documents for a vocabulary: of lowest hash, up to SAMPLE_BYTES, in the source's order."""
-    task = bar.add_task("sampling text for the vocabulary", total=source.total_bytes, rates="")
-    heap: list[tuple[int, int, int, str]] = []
-    kept = seen = 0
-    for number, document in enumerate(islice(source.read(Counter()), limit)):
-        content = document.text.encode()
-        bar.advance(task, document.source_bytes)
-        digest = hashlib.sha256(content).digest()
-        if not _is_validation(digest, validation):
-            text = document.text[:SAMPLE_DOCUMENT]
-            size = len(text.encode())
-            heapq.heappush(heap, (-int.from_bytes(digest[8:16], "big"), number, size, text))
-            kept += size
-            while kept > SAMPLE_BYTES:
-                kept -= heapq.heappop(heap)[2]
-        seen += len(content)
-        if seen >= SAMPLE_WINDOW:
-            break
-    bar.update(task, visible=False)
-    if not heap:
-        raise UserError("the source has no training text to make a vocabulary from: check --source and --field")
-    return [text for _, _, _, text in sorted(heap, key=lambda entry: entry[1])]
-
-
-# ---- shards
-
-
-def _is_validation(digest: bytes, fraction: float) -> bool:
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def _group(documents: Iterator[Document], root: str, validation: float, shard_bytes: int) -> Iterator[Shard]:
-    """Documents in their order, cut after the one with which a shard reaches shard_bytes of text.
-
-    root: what names begin with and need not be kept.
-    """
-    number = 0
-    while True:
-        texts: dict[str, list[str]] = {split: [] for split in SPLITS}
-        names: dict[str, list[str]] = {split: [] for split in SPLITS}
-        sizes = dict.fromkeys(SPLITS, 0)
-        source_bytes, sha256 = 0, hashlib.sha256()
-        while sum(sizes.values()) < shard_bytes and (document := next(documents, None)) is not None:
-            content = document.text.encode()
-            digest = hashlib.sha256(content).digest()
-            split = SPLITS[_is_validation(digest, validation)]
-            texts[split].append(document.text)
-            names[split].append(_one_line(document.name.removeprefix(root)))
-            sizes[split] += len(content)
-            source_bytes += document.source_bytes
-            sha256.update(digest)
-        if not any(texts.values()):
-            return
-        yield Shard(number, texts, names, sizes, source_bytes, sha256.hexdigest())
-        number += 1
-
-
-def _one_line(name: str) -> str:
-    return name.encode(errors="backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
-
-
-def _encode_all(
-    folder: Path,
-    tokenizer: Tokenizer,
-    source: Source,
-    settings: dict[str, Any],
-    workers: int,
-    bar: Progress,
-    is_ours: Callable[[int], bool],
-) -> tuple[dict[int, dict[str, Any]], Counter[str], int]:
-    """Write every shard of ours that is not finished.
-
-    Returns the records of ours by shard number, what was skipped in the source, and how many shards there are in all.
-    """
-    skipped: Counter[str] = Counter()
-    documents = islice(source.read(skipped), settings["limit"])
-    grouped = _group(iter(documents), source.root, settings["validation"], settings["shard_bytes"])
-    task = bar.add_task("documents → shards", total=source.total_bytes, rates="")
-    records: dict[int, dict[str, Any]] = {}
-    count = 0
-
-    def ours() -> Iterator[Shard]:
-        nonlocal count
-        for shard in grouped:
-            count += 1
-            if is_ours(shard.number):
-                yield shard
-            else:
-                bar.advance(task, shard.source_bytes)
-
-    shards, began = ours(), time.monotonic()
-    with Workers(tokenizer, workers) as processes, ThreadPoolExecutor(workers) as threads:
-        running: dict[Future[dict[str, Any]], Shard] = {}
-        try:
-            while True:
-                # One shard more than there are workers is held in memory, so that none waits for text.
-                for shard in islice(shards, workers + 1 - len(running)):
-                    running[threads.submit(_encode_shard, folder, processes, shard)] = shard
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    shard = running.pop(future)
-                    records[shard.number] = future.result()
-                    bar.update(task, advance=shard.source_bytes, rates=_rates(records, began))
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
-    bar.update(task, completed=source.total_bytes or 0)
-    return records, skipped, count
-
-
-def _rates(records: Mapping[int, Mapping[str, Any]], began: float) -> str:
-    """Documents and tokens per second so far, those that an earlier run has finished counted too."""
-    entries = [entry for record in records.values() for entry in record["shards"].values()]
-    seconds = max(time.monotonic() - began, 1e-9)
-    documents, tokens = (sum(entry[key] for entry in entries) / seconds for key in ("documents", "tokens"))
-    return f"{documents:,.0f} documents/s  {tokens / 1e6:.2f} Mtok/s"
-
-
-def _encode_shard(folder: Path, workers: Workers, shard: Shard) -> dict[str, Any]:
-    """Encode and write one shard, or find it finished by an earlier run; returns its record."""
-    path = folder / WORK / f"{shard.number:05d}.json"
-    if path.exists():
-        record: dict[str, Any] = _read_json(path)
-        if record["sha256"] != shard.sha256:
-            raise UserError(f"{folder}: the source has changed since it was begun: remove it or choose another --out")
-        if all(_is_whole(folder, file) for entry in record["shards"].values() for file in entry["files"].values()):
-            return record
-    entries, seconds = {}, {}
-    for split in SPLITS:
-        if texts := shard.texts[split]:
-            encoded = workers.encode(texts)
-            seconds[split] = encoded.seconds
-            entries[split] = write_shard(
-                folder,
-                split,
-                shard.number,
-                encoded.tokens,
-                encoded.document_starts,
-                text_bytes=shard.text_bytes[split],
-                names=shard.names[split],
-            )
-    record = {"sha256": shard.sha256, "shards": entries, "seconds": seconds}
-    write_json(path, record)
-    return record
-
-
-def _is_whole(folder: Path, file: dict[str, Any]) -> bool:
-    path = folder / file["file"]
-    return path.is_file() and path.stat().st_size == file["bytes"]
 
 
 # ---- what the user sees

@@ -36,7 +36,7 @@ class Samples(Protocol):
         """The numbers, in the split, of the documents that the samples touch: sorted, each once."""
 
     def shards(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The first and the last shard that each sample (B,) reads: (B, 2)."""
+        """The shards that each sample (B,) reads: (B, at least 2), some of them repeated to fill a row."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,11 @@ class Windows:
         return np.unique(find_segments(self.split, self.starts(samples), self.sequence_length + 1).document)
 
     def shards(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The first and the last shard that each sample reads."""
+        """The shards that each sample reads, the first and the last of them first."""
         starts = self.starts(samples)
-        return np.stack([self.split.shard_of(starts), self.split.shard_of(starts + self.sequence_length)], -1)
+        first, last = self.split.shard_of(starts), self.split.shard_of(starts + self.sequence_length)
+        between = [np.minimum(first + more, last) for more in range(1, int((last - first).max(initial=0)))]
+        return np.stack([first, last, *between], -1)
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def window_samples(
 ) -> Windows:
     """The samples of a split, in two levels if shard_window is given. Raises UserError if there are none."""
     if shard_window is None:
+        if groups > 1:
+            raise UserError(f"groups {groups} go through windows of shards: give shard_window too")
         samples = Windows(split, seed, sequence_length)
     else:
         if shard_window < 1 or groups < 1 or global_sequences % groups:

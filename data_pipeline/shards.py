@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from data_pipeline.damage import checksums
 from data_pipeline.errors import FULL_DISK, UserError
 from data_pipeline.splits import OPEN_FILES, OpenFile, Split, open_in
-from data_pipeline.tokenizers import Tokenizer, load_tokenizer
+from data_pipeline.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 
 FORMAT = 2
 SPLITS = ("train", "validation")
@@ -209,12 +209,23 @@ class Dataset:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens. Raises UserError if its file is not the one that did."""
-        file = self.manifest["tokenizer"]["file"]
-        spec = self.manifest["tokenizer"].get("spec", "bytes" if file is None else self.path / file)
-        tokenizer = load_tokenizer(spec, eos_id=self.eos_id)
+        tokenizer = load_tokenizer(self._tokenizer_spec, eos_id=self.eos_id)
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
-            raise UserError(f"{self.path / file}: not the tokenizer that made this data set: restore the original file")
+            raise UserError(
+                f"{self._tokenizer_spec}: not the tokenizer that made this data set: restore the original file"
+            )
         return tokenizer
+
+    def tokenizer_file(self) -> tuple[str, bytes] | None:
+        """The name and content of the tokenizer's one file, for a copy; None if it has none."""
+        return None if self._tokenizer_spec == "bytes" else tokenizer_file(self._tokenizer_spec)
+
+    @property
+    def _tokenizer_spec(self) -> str | Path:
+        recorded = self.manifest["tokenizer"]
+        here = "bytes" if recorded["file"] is None else self.path / recorded["file"]
+        spec: str | Path = recorded.get("spec", here)
+        return spec
 
     def split(self, name: str) -> Split:
         """The split "train" or "validation". Raises KeyError for another name."""
@@ -244,12 +255,14 @@ def open_dataset(
     tokenizer: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     cache_bytes: int | None = None,
+    check_files: bool = True,
 ) -> Dataset:
     """Open a prepared data set: read its manifest, check that every file is there with its recorded size.
 
     path: a folder; an fsspec URL of one (s3://…), whose shards are then kept in the folder `cache`, at most
-    `cache_bytes` of them; or a .bin file of Megatron, nanoGPT or llm.c, whose tokens `tokenizer` made. Raises
-    UserError for what is missing, no data set, unfinished, of another format, altered or truncated.
+    `cache_bytes` of them; or a .bin file of Megatron, nanoGPT or llm.c, whose tokens `tokenizer` made. check_files:
+    False leaves shard files for their reader to check. Raises UserError for what is missing, no data set, unfinished,
+    of another format, altered or truncated.
     """
     if str(path).endswith(".bin"):
         from data_pipeline.foreign import open_foreign
@@ -263,7 +276,7 @@ def open_dataset(
         return open_remote(str(path), cache, cache_bytes)
     folder = Path(path)
     dataset = Dataset(folder, _read_manifest(folder))
-    for entry in dataset.files():
+    for entry in dataset.files() if check_files else []:
         file = folder / entry["file"]
         if not file.is_file():
             raise UserError(f"{file}: missing from the data set: restore the file or prepare the data set again")

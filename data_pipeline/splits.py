@@ -63,7 +63,8 @@ class Split:
 
     tokens, documents, text_bytes: totals; text_bytes counts the UTF-8 bytes of the source text. open_file: from a
     file's entry in the manifest and its type to its content. open_files: how many stay open. remote: the files are
-    fetched, so samples should be read in an order that goes through few shards at a time.
+    fetched, so samples should be read in an order that goes through few shards at a time. whole_index: the document
+    index may be read as a whole, which is faster, and needs every shard.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Split:
     open_file: OpenFile = field(repr=False, compare=False)
     open_files: int = OPEN_FILES
     remote: bool = False
+    whole_index: bool = True
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens start … stop−1 of the stream, (stop − start,) of the type on disk; a view within one shard.
@@ -118,7 +120,7 @@ class Split:
 
     def document_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The document that each place of the stream lies in, int64 of the same shape."""
-        if self.documents <= INDEX_IN_MEMORY and not self.remote:
+        if self._index_in_memory:
             return np.searchsorted(self.document_starts, places, side="right") - 1
         found = np.empty(places.shape, np.int64)
         shards = self.shard_of(places)
@@ -131,7 +133,7 @@ class Split:
 
     def document_start(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where each of the documents begins in the stream, int64 of the same shape."""
-        if self.documents <= INDEX_IN_MEMORY and not self.remote:
+        if self._index_in_memory:
             return np.asarray(self.document_starts[documents])
         return self._of_documents(documents, "documents")
 
@@ -162,6 +164,10 @@ class Split:
     def shard_starts(self) -> NDArray[np.int64]:
         """Where each shard begins in the stream: (shards,) int64."""
         return np.array(self._offsets[:-1], np.int64)
+
+    @property
+    def _index_in_memory(self) -> bool:
+        return self.whole_index and not self.remote and self.documents <= INDEX_IN_MEMORY
 
     @cached_property
     def file(self) -> Callable[[int, str], NDArray[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from typing import overload
@@ -39,7 +39,7 @@ class Stream:
 
     split: one, or several with a `mixture`. shard_window: mix so many shards at a time (order.ShardOrder), by
     default 8 for remote splits and all for local ones; groups: see there. documents: whether rows are told apart
-    into documents. on_damage: "error", or "skip" to make padding of every sample of a damaged shard; `skipped`
+    into documents. on_damage: "stop", or "skip" to make padding of every sample of a damaged shard; `skipped`
     counts them. samples: in place of windows, for example packed ones (best_fit.py), one for each split.
     Raises UserError for splits without a single sample, and for numbers that do not fit.
     """
@@ -55,14 +55,16 @@ class Stream:
         shard_window: int | None = None,
         groups: int = 1,
         documents: bool = True,
-        on_damage: str = "error",
+        on_damage: str = "stop",
         samples: Sequence[Samples] | None = None,
     ) -> None:
         if sequence_length < 1 or global_sequences < 1:
             raise UserError(f"sequence length {sequence_length} and global batch {global_sequences} must be 1 or more")
-        if on_damage not in ("error", "skip"):
-            raise UserError(f"on_damage {on_damage!r}: write error or skip")
-        self.splits = (split,) if isinstance(split, Split) else tuple(split)
+        if on_damage not in ("stop", "skip"):
+            raise UserError(f"on_damage {on_damage!r}: write stop or skip")
+        splits = (split,) if isinstance(split, Split) else tuple(split)
+        skip = on_damage == "skip"
+        self.splits = tuple(replace(one, whole_index=False) for one in splits) if skip else splits
         self.mixture = mixture or by_weights([1.0] * len(self.splits))
         if self.mixture.sources != len(self.splits) or (groups > 1 and len(self.splits) > 1):
             raise UserError(
@@ -87,7 +89,7 @@ class Stream:
         ]
         self.samples_per_epoch = sum(one.count for one in self.samples)
         self.skipped: Counter[str] = Counter()
-        self._checks = [ShardCheck(one) for one in self.splits] if on_damage == "skip" else None
+        self._checks = [ShardCheck(one) for one in self.splits] if skip else None
         self._order_block = lru_cache(maxsize=4)(self._make_order_block)
 
     def sample_numbers(self, step: int) -> NDArray[np.void]:

@@ -6,19 +6,24 @@ The `deepspeed` launcher and torchrun set RANK, LOCAL_RANK and WORLD_SIZE; `srun
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import subprocess
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,41 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gather_objects(mine: T) -> list[T]:
+    """One object from every rank, on every rank; also without a process group."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[T] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up on any rank: the same answer on all of them."""
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item())
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other rank has said the same before: what all ranks meet is told once.
+
+    Rank 0, which holds the table of what was said, gives the others a moment to look it up.
+    """
+    if not dist.is_initialized():
+        return True
+    store = dist.distributed_c10d._get_default_store()
+    key = hashlib.sha256(message.encode()).hexdigest()
+    try:
+        first = store.add(f"said/{key}", 1) == 1
+        deadline = time.monotonic() + 2.0
+        while dist.get_rank() == 0 and store.add(f"said/{key}", 0) < dist.get_world_size():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        return first
+    except RuntimeError:  # rank 0 has gone already
+        return True
 
 
 def barrier() -> None:

@@ -12,8 +12,9 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
-from pretrain import init_from
-from pretrain.config import Config, OptimizerConfig
+from pretrain import init_from, schedules
+from pretrain.config import Config, NextLatConfig
+from pretrain.decoding.llama import DYNAMICS_PREFIX
 from pretrain.latent_dynamics import LatentDynamics
 from pretrain.model import PretrainingModel, initialise
 
@@ -37,6 +38,8 @@ def deepspeed_config(config: Config, ranks: int, dtype: torch.dtype) -> dict[str
     result = copy.deepcopy(config.deepspeed)
     result.setdefault("zero_optimization", {})["stage"] = config.zero_stage
     result.setdefault("steps_per_print", NEVER)  # the run has a console line of its own
+    if config.optimizer.name == "muon":  # its update needs whole gradients
+        result["zero_optimization"]["reduce_scatter"] = False
     result |= {
         "train_batch_size": config.batch.global_sequences,
         "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
@@ -68,22 +71,53 @@ def build_engine(config: Config, vocab_size: int, ranks: int, device: torch.devi
     if any(isinstance(module, LatentDynamics) for module in model.modules()):
         # p_psi's layers are used once per rollout step: gather them once per pass, as one unit.
         set_z3_leaf_modules(model, [LatentDynamics])
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, config.optimizer, device), config=settings
-    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config, device), config=settings)
     return engine
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices alone."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if _dimensions(p) >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if _dimensions(p) < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=device.type == "cuda"
-    )
+def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices alone; or Muon for the matrices between embedding and head.
+
+    Trunk and p_ψ have groups of their own; `set_learning_rates` tells them apart.
+    """
+    optimizer = config.optimizer
+    groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        is_dynamics, is_matrix = name.startswith(DYNAMICS_PREFIX), _dimensions(parameter) >= 2
+        use_muon = optimizer.name == "muon" and is_matrix and "embed" not in name and "lm_head" not in name
+        parameter.use_muon = use_muon  # type: ignore[attr-defined]  # DeepSpeed asks the parameters themselves
+        decay = optimizer.weight_decay if is_matrix else 0.0
+        if is_dynamics and isinstance(config.objective, NextLatConfig):
+            decay *= config.objective.dynamics_weight_decay_multiple
+        settings = {"params": [], "weight_decay": decay, "is_dynamics": is_dynamics, "use_muon": use_muon}
+        groups.setdefault((is_dynamics, is_matrix, use_muon), settings)["params"].append(parameter)
+    adamw: dict[str, Any] = {"lr": optimizer.learning_rate, "betas": optimizer.betas, "eps": optimizer.epsilon}
+    if optimizer.name == "adamw":
+        return torch.optim.AdamW(list(groups.values()), **adamw, fused=device.type == "cuda")
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    if device.type == "cpu":  # its update is compiled where it can be; CPUs may have no compiler, and small models
+        torch.compiler.set_stance("force_eager")
+    for group in groups.values():
+        group |= {"lr": optimizer.learning_rate, "momentum": optimizer.muon_momentum} if group["use_muon"] else adamw
+    return MuonWithAuxAdam(list(groups.values()))
+
+
+def set_learning_rates(engine: deepspeed.DeepSpeedEngine, config: Config, step: int) -> float:
+    """Give every group its learning rate in `step`, and tell the objective what it trains; returns the run's own rate.
+
+    While p_ψ is trained alone the others have none. Their gradients are zero then, so their moments stay zero too.
+    """
+    rate, optimizer, objective = schedules.learning_rate(config, step), config.optimizer, config.objective
+    dynamics_multiple, dynamics_only = 1.0, False
+    if isinstance(objective, NextLatConfig):
+        dynamics_multiple = objective.dynamics_learning_rate_multiple
+        engine.module.objective.dynamics_only = dynamics_only = step < objective.dynamics_only_steps
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * (dynamics_multiple if group["is_dynamics"] else 0.0 if dynamics_only else 1.0)
+        if group["use_muon"]:
+            group["lr"] *= (optimizer.muon_learning_rate or 0.0) / optimizer.learning_rate
+    return rate
 
 
 def gradient_norm(engine: deepspeed.DeepSpeedEngine, config: Config) -> float | None:

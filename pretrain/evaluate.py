@@ -29,7 +29,8 @@ def evaluate(
         source: what is evaluated.
         suites: names of SUITES.
         out: a folder; earlier results of the same suites in it are replaced.
-        data: a data set; the one that the model was trained on where None.
+        data: a data set, or the name of one that the model was trained on; where None, the one of them with the
+            largest share of the training.
         limit: sequences for `perplexity`, prompts for `speculative`.
         console: where tables and the progress bar go.
 
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("source", metavar="EXPORT_OR_CHECKPOINT", help="an exported folder, a run or a checkpoint")
     parser.add_argument("--suite", required=True, metavar="NAME[,NAME…]", help=", ".join(SUITES))
-    parser.add_argument("--data", metavar="DATASET", help="default: the data set that the model was trained on")
+    parser.add_argument("--data", metavar="DATASET", help="default: what the model was trained on most")
     parser.add_argument("--out", required=True, metavar="DIR", help="where results go")
     parser.add_argument(
         "--limit", type=int, metavar="N", help="sequences (perplexity), prompts (speculative); default: all, and 8"

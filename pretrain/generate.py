@@ -6,18 +6,22 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from data_pipeline import UserError, run_command
 from pretrain.decoding import DecodingStatistics, Export, Sampling, load_export
-from pretrain.decoding.continuation import DEFAULT_DRAFT, continue_text
-from pretrain.decoding.loading import fitting_threads
+from pretrain.decoding.continuation import DEFAULT_DRAFT, continue_texts
+from pretrain.decoding.loading import draft_vocabulary, fitting_threads
 from pretrain.decoding.speculative import check_room
 
 DEFAULT_NEW_TOKENS = 128
 TIMED_RUNS = 3
+
+OnTokens = Callable[[int, list[int]], None]
+Decoded = tuple[list[list[int]], DecodingStatistics]
 
 
 def parse_draft(text: str | None, can_draft: bool, where: str | Path) -> int | str:
@@ -65,27 +69,42 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens} must be at least 1")
     parse_draft(arguments.draft, True, arguments.export)
+    texts = [*arguments.prompt, *(read_prompts(arguments.prompts) if arguments.prompts else [])]
+    if not texts:
+        raise UserError("give at least one --prompt TEXT, or --prompts FILE")
     export = load_export(arguments.export)
     draft = parse_draft(arguments.draft, export.can_draft, arguments.export)
-    prompt = export.tokenizer(arguments.prompt, verbose=False)["input_ids"]
-    room = export.model.config.max_position_embeddings - len(prompt)
+    vocabulary = draft_vocabulary(arguments.draft_vocabulary, export) if arguments.draft_vocabulary else None
+    prompts = [export.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    longest = max(map(len, prompts))
+    room = export.model.config.max_position_embeddings - longest
     if room < 1:
-        raise UserError(
-            f"--prompt has {len(prompt)} tokens and the model's context {room + len(prompt)}; shorten the prompt"
-        )
+        raise UserError(f"--prompt has {longest} tokens and the model's context {room + longest}; shorten the prompt")
     new = arguments.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
-    check_room(export.model, len(prompt), new)
+    check_room(export.model, longest, new)
     seed = torch.seed() % 2**31 if arguments.seed is None else arguments.seed
 
+    def decode(draft: int | str, on_tokens: OnTokens | None = None) -> Decoded:
+        return continue_texts(export, prompts, new, draft, sampling, seed, on_tokens, vocabulary)
+
     with fitting_threads(export.model):
-        tokens, counted = stream_text(export, arguments.prompt, prompt, new, draft, sampling, seed)
+        show = stream_text if len(prompts) == 1 else print_texts
+        tokens, counted = show(texts, export, partial(decode, draft))
         if arguments.stats:
-            print_statistics(export, prompt, new, draft, sampling, seed, tokens, counted)
+            print_statistics(decode, draft, sampling, tokens, counted)
 
 
-def stream_text(
-    export: Export, text: str, prompt: list[int], new: int, draft: int | str, sampling: Sampling, seed: int
-) -> tuple[list[int], DecodingStatistics]:
+def read_prompts(path: str) -> list[str]:
+    """One prompt a line. Raises UserError for a file that cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--prompts {path}: cannot be read ({error}); give a text file with one prompt a line"
+        ) from None
+
+
+def stream_text(texts: list[str], export: Export, decode: Callable[..., Decoded]) -> Decoded:
     """Write the prompt, and what follows as it comes, to standard output."""
 
     def write(piece: str) -> None:
@@ -93,31 +112,36 @@ def stream_text(
         sys.stdout.flush()
 
     stream = TextStream(lambda ids: str(export.tokenizer.decode(ids, skip_special_tokens=True)), write)
-    write(text)
-    result = continue_text(export, prompt, new, draft, sampling, seed, stream)
+    write(texts[0])
+    result = decode(lambda _, tokens: stream(tokens))
     stream([], last=True)
     write("\n")
     return result
 
 
+def print_texts(texts: list[str], export: Export, decode: Callable[..., Decoded]) -> Decoded:
+    """Decode all prompts in one batch, then write them with what follows, each under its number."""
+    result = decode()
+    for number, (text, tokens) in enumerate(zip(texts, result[0], strict=True), start=1):
+        print(f"── {number}/{len(texts)}\n{text}{export.tokenizer.decode(tokens, skip_special_tokens=True)}")
+    return result
+
+
 def print_statistics(
-    export: Export,
-    prompt: list[int],
-    new: int,
+    decode: Callable[[int | str], Decoded],
     draft: int | str,
     sampling: Sampling,
-    seed: int,
-    tokens: list[int],
+    tokens: list[list[int]],
     counted: DecodingStatistics,
 ) -> None:
     """Print the drafts' acceptance; decode again, plain and drafting in turn, and print the ratio of speeds."""
     plain_rates, drafting_rates = [], []
-    plain_tokens: list[int] = []
+    plain_tokens: list[list[int]] = []
     for _ in range(TIMED_RUNS):
-        plain_tokens, plain = continue_text(export, prompt, new, 0, sampling, seed)
+        plain_tokens, plain = decode(0)
         plain_rates.append(plain.tokens_per_second)
         if draft:
-            drafting_rates.append(continue_text(export, prompt, new, draft, sampling, seed)[1].tokens_per_second)
+            drafting_rates.append(decode(draft)[1].tokens_per_second)
     plain_rate = statistics.median(plain_rates)
     print(f"\n{counted.tokens} tokens in {counted.cycles} cycles; plain {plain_rate:,.1f} tokens/s")
     if not draft:
@@ -140,7 +164,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "and leave the distribution of the text as it is.",
     )
     parser.add_argument("export", metavar="EXPORT", help="a folder written by pretrain.export")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; may be empty")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeat it for a batch"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="more prompts, one a line; all are decoded in one batch")
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help=f"default: {DEFAULT_NEW_TOKENS}, or what the context holds"
     )
@@ -148,6 +175,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--draft",
         metavar="N|auto|off",
         help=f"tokens drafted per cycle (default: {DEFAULT_DRAFT}, off without a latent dynamics model)",
+    )
+    parser.add_argument(
+        "--draft-vocabulary",
+        metavar="N|FILE",
+        help="draft only the N most frequent tokens of the training data, or the ids in a JSON file (default: all)",
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")

@@ -56,8 +56,9 @@ def check_folder(folder: Path, config: Config, vocab_size: int, tokenizer_finger
     if manifest.exists():
         trained_with = json.loads(manifest.read_text(encoding="utf-8"))["dataset"]["tokenizer_fingerprint"]
         if trained_with != tokenizer_fingerprint:
+            paths = ", ".join(source.path for source in config.data.sources_by_name.values())
             raise UserError(
-                f"data.path={config.data.path}: made with tokenizer {tokenizer_fingerprint[:12]}, but model.init_from="
+                f"{paths}: made with tokenizer {tokenizer_fingerprint[:12]}, but model.init_from="
                 f"{folder} was trained with {trained_with[:12]}; prepare the data with that model's tokenizer"
             )
     _files(folder)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
-import uuid
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_pipeline import UserError
 from pretrain.config import Config
+from pretrain.wandb_mirror import WandbMirror
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -42,7 +43,7 @@ class Metrics:
             raise UserError(f"{path}: shorter than the checkpoint recorded; restore it, or choose another run.name")
         os.truncate(path, keep_bytes)
         self._file = path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(config)
+        self._wandb = None if config.metrics.wandb == "off" else WandbMirror(config)
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -71,21 +72,23 @@ class Metrics:
             self._file.close()
             if self._wandb is not None:
                 self._wandb.finish(exit_code=int(error is not None))
+                if self._wandb.failures:
+                    self._console.print(f"Weights & Biases failed {self._wandb.failures} times; metrics.jsonl is whole")
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """One step's numbers, in full precision."""
+        """One step's numbers, in full precision; what is not finite is null in the file."""
         if not self.is_first:
             return
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps({key: _finite(value) for key, value in values.items()}, allow_nan=False) + "\n")
         self._file.flush()
         self._progress.update(self._task, completed=values["step"])
         if self._wandb is not None:
-            self._wandb.log(dict(values), step=values["step"])
+            self._wandb.log(values["step"], values)
         step, total = values["step"], self.config.total_steps
         seconds = values["step_seconds"]
         before = self._seconds_per_step
         self._seconds_per_step = seconds if before is None else 0.9 * before + 0.1 * seconds
-        if step % self.config.metrics.console_every == 0 or step == total or "val_loss" in values:
+        if step % self.config.metrics.console_every == 0 or step == total or {"val_loss", "fault"} & values.keys():
             self._console.print(console_line(values, total, (total - step) * self._seconds_per_step))
 
     def say(self, message: str) -> None:
@@ -120,6 +123,10 @@ def console_line(values: Mapping[str, Any], total_steps: int, seconds_left: floa
         parts.append(f"mfu {values['mfu']:.1%}")
     parts.append(f"{values['memory_peak_bytes'] / 2**30:.1f} GiB")
     parts.append(f"data {values['data_seconds'] / max(values['step_seconds'], 1e-9):.0%}")
+    if values.get("skipped_steps"):
+        parts.append(f"skipped {values['skipped_steps']}")
+    if values.get("skipped_sequences"):
+        parts.append(f"skipped {values['skipped_sequences']} sequences of damaged shards")
     if "val_loss_next_token" in values:
         parts.append(f"val {values['val_loss_next_token']:.4f}")
     parts.append(f"eta {_clock(seconds_left)}")
@@ -134,33 +141,11 @@ def memory_peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-def _start_wandb(config: Config) -> Any:
-    """A Weights & Biases run that goes on under the same id after a restart; None if switched off."""
-    if config.metrics.wandb == "off":
-        return None
-    import wandb
-
-    id_file = config.run.folder / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    try:
-        return wandb.init(
-            project=config.metrics.wandb_project,
-            name=config.run.name,
-            id=id_file.read_text(encoding="utf-8"),
-            resume="allow",
-            mode=config.metrics.wandb,
-            dir=str(config.run.folder),
-            config=config.model_dump(mode="json"),
-        )
-    except wandb.errors.Error as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"metrics.wandb={config.metrics.wandb}: {reason}; run `wandb login`, or set metrics.wandb=offline"
-        ) from None

@@ -29,8 +29,15 @@ class PretrainingModel(nn.Module):
         self.lm_head = LanguageModelHead(config.model.width, vocab_size, tied_to)
         self.objective: Objective = build_objective(config)
 
-    def forward(self, batch: TokenBatch, counts: Tensor) -> dict[str, Tensor]:
-        """This micro-batch's share of each loss; `counts` as in `Objective.forward`."""
+    def forward(
+        self,
+        batch: TokenBatch,
+        counts: Tensor | None = None,
+        measure: Callable[[PretrainingModel, TokenBatch], dict[str, Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """This micro-batch's share of each loss, `counts` as in `Objective.forward`; or what `measure` finds."""
+        if measure is not None:
+            return measure(self, batch)
         return self.objective(self.trunk_states(batch), batch, self.lm_head, counts)
 
     def trunk_states(self, batch: TokenBatch) -> TrunkStates:

@@ -1,45 +1,106 @@
 #!/usr/bin/env bash
-# Pretrain on a SLURM cluster:   sbatch [options] slurm/pretrain.sh CONFIG [section.key=value …]
+# Pretrain on a SLURM cluster:
+#
+#     slurm/submit.sh [sbatch options] CONFIG [section.key=value …]             checked and kept when it is submitted
+#     sbatch [options] slurm/pretrain.sh CONFIG [section.key=value …]           checked and kept when it first starts
 #
 # One task per accelerator, started by srun: no ssh, no torchrun. Before the time limit or on preemption every rank
-# gets SIGUSR2 (or SIGTERM), the run saves, and the job requeues itself; so it does after a lost node. Site settings
-# (account, partition, modules, PYTHON) go into slurm/site.env, which is sourced here and never committed.
+# gets SIGUSR2 (or SIGTERM), the run saves, and the job requeues itself; so it does after a lost node or a rank's death,
+# as long as its starts get further. DRY_RUN=1 slurm/pretrain.sh CONFIG … prints what would run. See docs/slurm.md.
 #
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
+#SBATCH --wait-all-nodes=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 #SBATCH --signal=USR2@300
 set -uo pipefail
 
-[ $# -ge 1 ] || { echo "error: usage: sbatch [options] slurm/pretrain.sh CONFIG [section.key=value …]" >&2; exit 2; }
-cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}" || exit 2
-# shellcheck disable=SC1091
-[ ! -f slurm/site.env ] || . slurm/site.env
-export PYTHON=${PYTHON:-$PWD/.venv/bin/python}
-[ -x "$PYTHON" ] || { echo "error: no Python at $PYTHON; run 'make .venv/.ready', or set PYTHON in slurm/site.env" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "error: no config; usage: sbatch [options] slurm/pretrain.sh CONFIG [section.key=value …]" >&2; exit 2; }
+if [ -n "${DRY_RUN:-}" ]; then
+  export SLURM_JOB_ID=${SLURM_JOB_ID:-JOB} SLURM_SUBMIT_DIR=${SLURM_SUBMIT_DIR:-$PWD} SLURM_JOB_NODELIST=NODES
+fi
+cd "${SLURM_SUBMIT_DIR:?submit this with slurm/submit.sh or sbatch}" || exit 2
+link=slurm/jobs/$SLURM_JOB_ID # → the job's folder in the run's, which holds the code and the config that it runs
 
-run=$("$PYTHON" -m pretrain.config "$@") || exit 2   # the run's folder; a mistake in the config ends the job here
-latest() { cat "$run/checkpoints/latest" 2>/dev/null || echo none; }
-before=$(latest)
-rm -f "$run/outcome"
-echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $run, from checkpoint $before"
+if [ -e "$link" ] && ! [ "$0" -ef "$link/code/slurm/pretrain.sh" ]; then
+  exec "$link/code/slurm/pretrain.sh" "$@"
+fi
+# shellcheck source=slurm/common.sh
+. "$([ -e "$link" ] && echo "$link/code" || echo .)/slurm/common.sh" || exit 2
+use_site
 
-# Ignored until Python has its own handler: importing takes seconds, and the default action would kill the rank.
-# --export=ALL: after `sbatch --export=NONE`, srun would drop the environment.
-srun --export=ALL --kill-on-bad-exit=1 bash -c 'trap "" USR2; exec "$PYTHON" -m pretrain.train --config "$@"' pretrain "$@"
+if [ -n "${DRY_RUN:-}" ]; then
+  run=$("$PYTHON" -m pretrain.config "$@") || exit 2
+  job=$run/jobs/$SLURM_JOB_ID
+elif [ -e "$link" ]; then
+  job=$(readlink -f "$link") run=${job%/jobs/*}
+else
+  check_accelerators "$SLURM_JOB_ID"
+  job=$("$PYTHON" -m pretrain.jobs.submission "$@" --tasks "$SLURM_NTASKS" --job "$SLURM_JOB_ID") || exit 2
+  mkdir -p slurm/jobs && ln -s "$(readlink -f "$job")" "$link" || exit 2
+  exec "$link/code/slurm/pretrain.sh" "$@"
+fi
+
+start=${SLURM_RESTART_COUNT:-0}
+logs=$run/logs/$SLURM_JOB_ID-$start
+judge() { # judge begin | judge end --code CODE
+  "$PYTHON" -m pretrain.jobs.restarts "$1" "$job" --start "$start" --nodes "$SLURM_JOB_NODELIST" --logs "$logs" \
+    --cap "${MAX_FRUITLESS_STARTS:-5}" "${@:2}"
+}
+
+requeue() {
+  # SLURM sends TERM to every process of this script as soon as it is asked: ignore it until all is said.
+  trap '' TERM
+  # A job that is being cancelled, or requeued by SLURM already, is not ours to requeue.
+  [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || exit 0
+  local exclude
+  exclude=$(printf '%s\n%s\n' "$(job_field "$SLURM_JOB_ID" ExcNodeList)" "$(excluded_nodes)" | grep . | paste -sd,)
+  scontrol requeue "$SLURM_JOB_ID" || exit 1
+  [ -z "$exclude" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"
+  exit 0
+}
+
+train() {
+  local overrides=()
+  [ "$start" = 0 ] || overrides=(run.resume=true) # run.resume=false is meant for the first start
+  launch --output="$logs/rank-%t.log" --open-mode=append -- \
+    "$CODE/slurm/task.sh" "$logs" pretrain.train --config "$job/config.yaml" ${overrides[@]+"${overrides[@]}"}
+}
+
+# Containers have no scontrol: the ranks are told where to meet. The port follows from the job and its restarts.
+[ -n "${DRY_RUN:-}" ] || export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+preflight() { "$CODE/slurm/preflight.sh" "$logs/preflight"; }
+with_preflight=${PREFLIGHT:-$((${SLURM_JOB_NUM_NODES:-2} > 1))} # what one node has to say, the run says as well
+
+if [ -n "${DRY_RUN:-}" ]; then
+  [ "$with_preflight" = 0 ] || preflight
+  train
+  exit
+fi
+
+judge begin || exit 1
+listed=$(comm -12 <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort) <(excluded_nodes | tr , '\n'))
+[ -z "$listed" ] || { echo "slurm/exclude names $(paste -sd, <<<"$listed"): starting again without" && requeue; }
+echo "start $start of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $run"
+if [ "$with_preflight" != 0 ] && ! preflight; then
+  [ "$(judge end --code 1 --why "preflight: $(cat "$logs/preflight/verdict")")" = restart ] || exit 1
+  requeue
+fi
+
+train &
+ranks=$!
+# The job's log shows the first rank; those of all are in the run's folder.
+tail --lines=+1 --retry --follow=name --pid=$ranks "$logs/rank-0.log" 2>/dev/null &
+wait $ranks
 code=$?
-
-# srun's code is that of whichever rank was last to be killed; the run's own word is in its folder.
-outcome=$(cat "$run/outcome" 2>/dev/null || echo "died")
-echo "outcome: $outcome (srun: $code)"
-case $outcome in
-  finished* | paused*) exit 0 ;;
-  stopped*) scontrol requeue "$SLURM_JOB_ID" ;;
-  *)
-    # Requeue what may have died of its node, as long as each start gets further than the one before.
-    if [ "$code" -ne 2 ] && [ "$(latest)" != "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-    exit "$(( code == 0 ? 1 : code ))" ;;
+wait
+verdict=$(judge end --code "$code")
+echo "start $start of job $SLURM_JOB_ID: $(cat "$run/outcome" 2>/dev/null || echo died) (srun: $code), $verdict"
+case $verdict in
+  finished) exit 0 ;;
+  restart) requeue ;;
+  *) exit "$((code == 0 ? 1 : code))" ;;
 esac

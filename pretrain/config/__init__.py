@@ -4,6 +4,7 @@ A run is one YAML file. Any key can be overridden as `section.key=value`. Whatev
 is refused with one line that names the file, the key, the value and what would do.
 """
 
+from pretrain.config.data import DataConfig, PhaseConfig, SourceConfig
 from pretrain.config.loading import dump_config, load_config
 from pretrain.config.objectives import (
     OBJECTIVES,
@@ -14,14 +15,24 @@ from pretrain.config.objectives import (
     NextTokenConfig,
     ObjectiveConfig,
 )
-from pretrain.config.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from pretrain.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    FaultsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 
 __all__ = [
     "OBJECTIVES",
     "BatchConfig",
     "BstConfig",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
+    "FaultsConfig",
     "JtpConfig",
     "ModelConfig",
     "MtpConfig",
@@ -29,7 +40,9 @@ __all__ = [
     "NextTokenConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PhaseConfig",
     "RunConfig",
+    "SourceConfig",
     "dump_config",
     "load_config",
 ]

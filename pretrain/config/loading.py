@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -128,10 +128,19 @@ def _suggestion(location: list[str], objective: str | None) -> str:
     section: Any = Config
     where = ""
     for part in location[:-1]:
-        section = OBJECTIVES[objective] if objective else section.model_fields[part].annotation
+        if part.isdecimal():  # a place in a list, whose sections are known already
+            continue
+        section = OBJECTIVES[objective] if objective else _section_of(section.model_fields[part].annotation)
         where = f" for objective.name={objective}" if objective else ""
     known = list(section.model_fields)
     close = difflib.get_close_matches(location[-1], known, n=1)
     if close:
         return f"{where}; did you mean {'.'.join([*location[:-1], close[0]])}?"
     return f"{where}; known: {', '.join(known)}"
+
+
+def _section_of(annotation: Any) -> Any:
+    """The section class that an annotation such as `list[SourceConfig] | None` is about."""
+    while arguments := get_args(annotation):
+        annotation = arguments[0]
+    return annotation

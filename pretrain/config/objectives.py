@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from pretrain.config.section import NonNegativeFloat, Section
+from pretrain.config.section import NonNegativeFloat, NonNegativeInt, Section
 
 
 class NextTokenConfig(Section):
@@ -22,11 +22,27 @@ class NextLatConfig(Section):
     horizon: PositiveInt
     """Number of rollout steps d of the latent dynamics model."""
     next_latent_weight: NonNegativeFloat
-    """λ_h, the weight of the SmoothL1 term."""
+    """λ_h, the weight of the next-latent term."""
     kl_weight: NonNegativeFloat
-    """λ_KL, the weight of the KL term."""
+    """λ_KL, the weight of the rollouts' token term."""
     dynamics_width: PositiveInt
     """Hidden width of the latent dynamics model p_psi."""
+    latent_loss: Literal["smooth_l1", "mse"] = "smooth_l1"
+    """Distance between predicted and true hidden state, a mean over features."""
+    rollout_loss: Literal["kl", "cross_entropy"] = "kl"
+    """The rollouts' token term: KL from the trunk's own distribution, or cross-entropy of the true next token."""
+    stop_gradient_target: bool = True
+    """Whether the true hidden state is a constant in the next-latent term."""
+    stop_gradient_head: bool = True
+    """Whether the output head is a constant in the rollouts' token term."""
+    kl_positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of positions that the rollouts' token term reads in a training step: a random, unbiased choice."""
+    dynamics_only_steps: NonNegativeInt = 0
+    """First so many steps train p_psi alone; trunk and head stay as they started."""
+    dynamics_learning_rate_multiple: PositiveFloat = 1.0
+    """p_psi's learning rate, in multiples of the run's."""
+    dynamics_weight_decay_multiple: NonNegativeFloat = 1.0
+    """p_psi's weight decay, in multiples of the run's."""
 
 
 class MtpConfig(Section):

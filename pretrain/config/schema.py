@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_pipeline import UserError
+from pretrain.config.data import DataConfig
 from pretrain.config.objectives import JtpConfig, ObjectiveConfig
 from pretrain.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Section
 
@@ -22,12 +23,22 @@ class RunConfig(Section):
     """Folder that holds the runs."""
     seed: NonNegativeInt = 0
     """Seeds the initial weights and the order of the data."""
-    resume: bool = True
-    """Go on from the newest whole checkpoint in the run's folder; with false, a folder in use is an error."""
+    resume: Literal["never", "auto", "must"] = "auto"
+    """auto: go on from the newest whole checkpoint, if there is one; must: one must be there; never: none may be."""
     stop_after: PositiveInt | None = None
     """Save and stop cleanly after this many steps of this start."""
+    wall_clock_minutes: PositiveFloat | None = None
+    """Save and stop cleanly, with exit code 75, so long after the start. Leave room for one step and a save."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _check_resume(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            word = "auto or must" if value else "never"
+            raise ValueError(f"run.resume={str(value).lower()} is no truth value any more; write {word}")
+        return value
 
     @property
     def folder(self) -> Path:
@@ -96,15 +107,6 @@ class ModelConfig(Section):
         return self.mlp_width or max(128, 128 * round(8 * self.width / 3 / 128))
 
 
-class DataConfig(Section):
-    """What is read."""
-
-    path: str
-    """A data set folder made by `python -m data_pipeline.prepare`."""
-    sequence_length: Annotated[int, Field(ge=2)]
-    """Tokens in a sequence, T."""
-
-
 class BatchConfig(Section):
     """How much is read per step."""
 
@@ -125,11 +127,16 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW. Weight decay applies to matrices; norms have none."""
+    """AdamW or Muon. Weight decay applies to matrices; norms have none."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: DeepSpeed's Muon for the matrices of trunk and p_psi, AdamW for embedding, head and norms."""
     learning_rate: PositiveFloat
-    """Peak learning rate."""
+    """Peak learning rate (of AdamW's part)."""
+    muon_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of Muon's part, in units of an update's spectral norm, such as 0.02."""
+    muon_momentum: Fraction = 0.95
+    """Decay of Muon's momentum."""
     weight_decay: NonNegativeFloat
     """Decoupled weight decay."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
@@ -138,6 +145,22 @@ class OptimizerConfig(Section):
     """Added to the root of the second moment."""
     gradient_clip: PositiveFloat | None
     """Largest global norm of the gradient; null switches clipping off."""
+
+    @model_validator(mode="after")
+    def _check_muon(self) -> OptimizerConfig:
+        if self.name == "muon" and self.muon_learning_rate is None:
+            raise ValueError("missing key optimizer.muon_learning_rate; optimizer.name=muon needs it, such as 0.02")
+        if self.name != "muon" and self.muon_learning_rate is not None:
+            raise ValueError(
+                f"optimizer.muon_learning_rate={self.muon_learning_rate} has no meaning for optimizer.name="
+                f"{self.name}; leave it out, or use muon"
+            )
+        if self.name == "muon" and self.gradient_clip is not None:
+            raise ValueError(
+                f"optimizer.gradient_clip={self.gradient_clip} would clip Muon's orthogonal updates, whose size is "
+                "not that of the gradient; set it to null"
+            )
+        return self
 
 
 class ScheduleConfig(Section):
@@ -188,6 +211,25 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; null: at the end alone."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints at multiples of so many steps stay for ever."""
+    keep_best: NonNegativeInt = 0
+    """How many of those with the lowest validation loss stay."""
+    mirror: str | None = None
+    """A folder or URL (any that fsspec knows, such as s3://bucket/run) that gets a second copy, in the background."""
+    in_background: bool = True
+    """Copy a checkpoint in host memory and write the copy while training goes on; false: training waits."""
+    failures_allowed: NonNegativeInt = 2
+    """How many saves in a row may fail before the run ends."""
+
+    @model_validator(mode="after")
+    def _check_keep_every(self) -> CheckpointConfig:
+        if self.keep_every is not None and (self.every is None or self.keep_every % self.every):
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} is not a multiple of checkpoint.every={self.every}; "
+                "there would be no checkpoint to keep at those steps"
+            )
+        return self
 
 
 class FaultsConfig(Section):
@@ -195,6 +237,21 @@ class FaultsConfig(Section):
 
     collective_timeout_minutes: PositiveFloat = 30.0
     """A rank that waits longer than this for the others gives up."""
+    hang_minutes: PositiveFloat = 10.0
+    """If all ranks are in one phase of a step (data, forward, …) longer than this, the run ends with exit code 76."""
+    slow_phase_minutes: PositiveFloat = 25.0
+    """The same for starting, loading, the first step, saving and validation; at least `hang_minutes`."""
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """What follows a loss or gradient that is not finite, whose step is never applied. skip: the next batch. rollback:
+    the weights of the last checkpoint by schedule, and the next batch: all since that checkpoint are stepped over."""
+    spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    """The same for a loss far above the recent ones."""
+    spike_z: PositiveFloat = 10.0
+    """How far: in deviations (1.4826·MAD) above the median of the recent losses."""
+    spike_window: Annotated[int, Field(ge=8)] = 128
+    """How many applied steps the recent losses are."""
+    in_a_row: PositiveInt = 5
+    """More steps than this in a row that were not applied stop the run."""
 
 
 class MetricsConfig(Section):
@@ -202,6 +259,8 @@ class MetricsConfig(Section):
 
     console_every: PositiveInt = 1
     """Steps between two console lines."""
+    diagnostics_every: PositiveInt | None = 100
+    """Steps between two sets of diagnostics (pretrain/diagnostics.py); null: none."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases; its run id is kept in the run's folder."""
     wandb_project: str = "nextlat"
@@ -259,6 +318,12 @@ class Config(Section):
                 f"{given}: {self.warmup_steps} warm-up and {self.decay_steps} decay steps do not fit into "
                 f"{self.total_steps} steps; shorten them or lengthen the run"
             )
+        saved, validated = self.checkpoint.every, self.validation.every
+        if self.checkpoint.keep_best and (saved is None or validated is None or saved % validated):
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation with each checkpoint, and "
+                f"checkpoint.every={saved} is not a multiple of validation.every={validated}; make it one"
+            )
         derived = {
             "train_batch_size": "batch.global_sequences",
             "train_micro_batch_size_per_gpu": "batch.micro_sequences",
@@ -276,6 +341,8 @@ class Config(Section):
         if not isinstance(self.deepspeed.get("zero_optimization", {}), dict):
             value = self.deepspeed["zero_optimization"]
             raise ValueError(f"deepspeed.zero_optimization={value!r} must be a mapping, such as {{stage: 3}}")
+        if self.checkpoint.every is None and "rollback" in (self.faults.non_finite, self.faults.spike):
+            raise ValueError("faults: rollback goes back to the last of checkpoint.every steps; set checkpoint.every")
         stage = self.zero_stage
         if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
             raise ValueError(f"deepspeed.zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")

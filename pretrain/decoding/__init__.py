@@ -1,9 +1,10 @@
 """Decoding with a KV cache, plain or with drafts from the latent dynamics model."""
 
+from pretrain.decoding.accounting import DecodingStatistics
 from pretrain.decoding.drafting import AdaptiveLength, DraftStep, FixedLength, draft_with_latent_dynamics
 from pretrain.decoding.loading import Export, load_export
 from pretrain.decoding.sampling import Sampling
-from pretrain.decoding.speculative import DecodingStatistics, generate
+from pretrain.decoding.speculative import generate, generate_batch
 
 __all__ = [
     "AdaptiveLength",
@@ -14,5 +15,6 @@ __all__ = [
     "Sampling",
     "draft_with_latent_dynamics",
     "generate",
+    "generate_batch",
     "load_export",
 ]

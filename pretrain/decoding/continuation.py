@@ -1,39 +1,44 @@
-"""One call from a loaded model, a prompt and a draft setting to the new tokens."""
+"""One call from a loaded model, prompts and a draft setting to the new tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from pretrain.decoding.accounting import DecodingStatistics
 from pretrain.decoding.drafting import AdaptiveLength, DraftLength, FixedLength, draft_with_latent_dynamics
 from pretrain.decoding.loading import Export
 from pretrain.decoding.rivals import AtMost
 from pretrain.decoding.sampling import Sampling
-from pretrain.decoding.speculative import DecodingStatistics, generate
+from pretrain.decoding.speculative import generate_batch
 
 DEFAULT_DRAFT = 4
 """Tokens drafted per cycle where nobody says: a little beyond the training horizon, where drafts still pay."""
 
 
-def continue_text(
+def continue_texts(
     export: Export,
-    prompt: list[int],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     draft: int | str,
     sampling: Sampling,
     seed: int | None = None,
-    on_tokens: Callable[[list[int]], None] | None = None,
-) -> tuple[list[int], DecodingStatistics]:
-    """`speculative.generate` with a loaded model; draft: tokens per cycle, "auto", or 0 for plain decoding."""
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    vocabulary: Sequence[int] | None = None,
+) -> tuple[list[list[int]], DecodingStatistics]:
+    """`speculative.generate_batch` with a loaded model.
+
+    draft: tokens per cycle, "auto", or 0 for plain decoding. vocabulary: tokens that may be drafted; None for all.
+    """
     generator = None if seed is None else torch.Generator(export.model.device).manual_seed(seed)
-    step = draft_with_latent_dynamics(export.model, export.dynamics) if draft and export.dynamics else None
+    step = draft_with_latent_dynamics(export.model, export.dynamics, vocabulary) if draft and export.dynamics else None
     length: DraftLength = AdaptiveLength() if isinstance(draft, str) else FixedLength(draft)
     if draft and step is None and export.can_draft:
         step, length = export.model.draft_step, AtMost(length, export.model.longest_draft)
-    return generate(
+    return generate_batch(
         export.model,
-        prompt,
+        prompts,
         max_new_tokens,
         eos_id=export.eos_id,
         draft_step=step,
@@ -42,3 +47,11 @@ def continue_text(
         generator=generator,
         on_tokens=on_tokens,
     )
+
+
+def continue_text(
+    export: Export, prompt: Sequence[int], max_new_tokens: int, draft: int | str, sampling: Sampling
+) -> tuple[list[int], DecodingStatistics]:
+    """`continue_texts` with one prompt."""
+    texts, statistics = continue_texts(export, [prompt], max_new_tokens, draft, sampling)
+    return texts[0], statistics

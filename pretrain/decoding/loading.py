@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from data_pipeline import UserError
+from pretrain.decoding.dynamics_folder import load_dynamics
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_config, llama_name
 from pretrain.decoding.rivals import JointLlama, MultiTokenLlama, load_heads
 from pretrain.latent_dynamics import LatentDynamics
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pretrain.checkpoints import Checkpoint
 
 MANIFEST = "nextlat_manifest.json"
+TOKEN_RANKS = "nextlat/tokens_by_frequency.json"
 SMALL_PARAMETERS = 100_000_000
 
 
@@ -112,18 +114,33 @@ def load_folder(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, Latent
     return model, tokenizer, load_dynamics(path / "nextlat", model.dtype)
 
 
-def load_dynamics(folder: Path, dtype: torch.dtype) -> LatentDynamics | None:
-    """p_ψ from an export's nextlat/ folder, in `dtype`; None where there is no such folder."""
-    from safetensors.torch import load_file
+def draft_vocabulary(choice: str, export: Export) -> list[int]:
+    """Token ids that may be drafted: the `choice` most frequent ones of the training data, or those in a JSON file.
 
-    if not folder.is_dir():
-        return None
-    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        dynamics = LatentDynamics(shape["width"], shape["hidden_width"])
-    weights = load_file(folder / "model.safetensors")
-    dynamics.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
-    return dynamics.eval()
+    Raises UserError for a file that is no list of the model's token ids, or where frequencies were not recorded.
+    """
+    if export.dynamics is None:
+        raise UserError(
+            f"--draft-vocabulary {choice}: {export.path} has no latent dynamics model, whose drafts it "
+            "limits; leave it out"
+        )
+    if choice.isascii() and choice.isdigit():
+        ranks = export.path / TOKEN_RANKS
+        if not ranks.is_file():
+            raise UserError(
+                f"--draft-vocabulary {choice}: {export.path} records no token frequencies; give a JSON file with a "
+                "list of token ids, or export again where the training data can be read"
+            )
+        ids = json.loads(ranks.read_text(encoding="utf-8"))[: int(choice)]
+    else:
+        try:
+            ids = json.loads(Path(choice).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--draft-vocabulary {choice}: cannot be read ({error}); give a number or a file") from None
+    size = export.model.config.vocab_size
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < size for i in ids):
+        raise UserError(f"--draft-vocabulary {choice}: give at least one token id, each from 0 to {size - 1}")
+    return ids
 
 
 def load_trained(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PretrainingModel:

@@ -11,7 +11,6 @@ So neither drafts more than d tokens: `longest_draft`. Shapes as in `pretrain.tr
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,22 +51,11 @@ class MultiTokenLlama(_Rival):
     def __init__(self, llama: Any, heads: nn.ModuleList):
         super().__init__(llama, len(heads))
         self.heads = heads  # of PredictionHead
-        self.config = copy.deepcopy(llama.config)
-        self.config.num_hidden_layers += len(heads)  # so many layers has the cache
 
     def model(self, input_ids: Tensor, past_key_values: Any, **how: Any) -> SimpleNamespace:
-        """States (B, T, (d+1)·D) as `last_hidden_state`; arguments as those of transformers' LlamaModel.
-
-        Without position_ids and attention_mask, the tokens follow those in the cache, each attending to all before it.
-        """
-        T = input_ids.shape[1]
-        start = past_key_values.get_seq_length() if how.get("position_ids") is None else 0
+        """States (B, T, (d+1)·D) as `last_hidden_state`; arguments as `trunk.CachedTrunk` gives to a LlamaModel."""
         out = self.llama.model(input_ids=input_ids, past_key_values=past_key_values, output_hidden_states=True, **how)
-        positions_BT, mask_B1TS = how.get("position_ids"), how.get("attention_mask")
-        if positions_BT is None or mask_B1TS is None:
-            positions_BT = (start + torch.arange(T, device=input_ids.device))[None]
-            slots_S = torch.arange(start + T, device=input_ids.device)
-            mask_B1TS = (slots_S <= positions_BT[..., None])[:, None]
+        positions_BT, mask_B1TS = how["position_ids"], how["attention_mask"]
         before_last_BTD = out.hidden_states[-2]
         layers = len(self.llama.model.layers)
         extra = [
@@ -80,7 +68,7 @@ class MultiTokenLlama(_Rival):
         """Logits (…, V) of the first of the states that are left."""
         return self.llama.lm_head(state[..., : self.llama.config.hidden_size])
 
-    def draft_step(self, state: Tensor, token: Any) -> tuple[Tensor, Tensor]:
+    def draft_step(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """The next head's logits, whatever the token: the heads do not know of each other."""
         state = state[..., self.llama.config.hidden_size :]
         return state, self.lm_head(state)
@@ -118,7 +106,7 @@ class JointLlama(_Rival):
         self.fetch = fetch
 
     def model(self, input_ids: Tensor, **how: Any) -> SimpleNamespace:
-        """States (B, T, 2·D) as `last_hidden_state`; arguments as those of transformers' LlamaModel."""
+        """States (B, T, 2·D) as `last_hidden_state`; arguments as `trunk.CachedTrunk` gives to a LlamaModel."""
         hidden_BTD = self.llama.model(input_ids=input_ids, **how).last_hidden_state
         embeddings_BTD = self.llama.get_input_embeddings()(input_ids)
         return SimpleNamespace(last_hidden_state=torch.cat([hidden_BTD, embeddings_BTD], dim=-1))
@@ -130,7 +118,7 @@ class JointLlama(_Rival):
         slots_NSD = self.fetch(state_NSD[:, 0], state_NSD[:, 1:])
         return self.llama.lm_head(slots_NSD[:, -1]).view(*state.shape[:-1], -1)
 
-    def draft_step(self, state: Tensor, token: Any) -> tuple[Tensor, Tensor]:
+    def draft_step(self, state: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """One slot more, that of `token` (…)."""
         state = torch.cat([state, self.llama.get_input_embeddings().weight[token]], dim=-1)
         return state, self.lm_head(state)

@@ -50,43 +50,47 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
-def draw(p_V: Tensor, generator: torch.Generator | None = None) -> int:
-    """One token id from a distribution (V,): the first to ring of clocks with exponential rates p.
+def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Token ids (...) from distributions (..., V): the first to ring of clocks with exponential rates p.
 
     As torch.multinomial, without its checks, which cost a tenth of a small draft step.
     """
-    waiting_V = torch.empty_like(p_V).exponential_(generator=generator)
-    return int((p_V / waiting_V).argmax())
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
-def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
+def residual(p: Tensor, q: Tensor) -> Tensor:
     """What is sampled after a draft was refused: max(0, p − q), normalised (Leviathan et al. 2023, alg. 1).
 
-    p, q and the result: (V,). Where p = q nothing is left and, but for rounding, nothing is refused: then p.
+    p, q and the result: (..., V). Where p = q nothing is left and, but for rounding, nothing is refused: then p.
     """
-    left_V = (p_V - q_V).clamp(min=0)
-    total = left_V.sum()
-    return left_V / total if total > 0 else p_V
+    left = (p - q).clamp(min=0)
+    total = left.sum(-1, keepdim=True)
+    return torch.where(total > 0, left / total, p)
 
 
 def verify(
-    p_kV: Tensor, q_kV: Tensor, drafts: list[int], generator: torch.Generator | None = None
-) -> tuple[int, Tensor | None]:
-    """How many drafts stand, and the distribution of the token after them if one was refused.
+    p_BTV: Tensor, q_BKV: Tensor, drafts_BK: Tensor, counts_B: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """How many drafts of each text stand, and the distribution of the token after them.
 
     Draft i stands with probability min(1, p_i / q_i) (Leviathan et al. 2023, alg. 1); the first refusal ends it.
 
     Args:
-        p_kV: what the target samples from at each draft's position.
-        q_kV: what each draft was drawn from.
-        drafts: k token ids.
-        generator: draws k uniform numbers.
+        p_BTV: what the target samples from at each draft's position and at the one after, T = K + 1.
+        q_BKV: what each draft was drawn from.
+        drafts_BK: token ids.
+        counts_B: how many of a row's K drafts are drafts; the others are padding.
+        generator: draws B · K uniform numbers.
 
     Returns:
-        The number of accepted drafts, and the residual distribution (V,) or None where all k stand.
+        Accepted drafts (B,) and the next distribution (B, V): the residual after a refusal, else the target's own.
     """
-    uniform = torch.rand(len(drafts), generator=generator, device=p_kV.device, dtype=p_kV.dtype)
-    chosen = torch.tensor(drafts, device=p_kV.device)[:, None]
-    stands = uniform * q_kV.gather(1, chosen)[:, 0] < p_kV.gather(1, chosen)[:, 0]
-    accepted = int(stands.long().cumprod(0).sum())
-    return accepted, None if accepted == len(drafts) else residual(p_kV[accepted], q_kV[accepted])
+    rows_B, K = torch.arange(len(p_BTV), device=p_BTV.device), drafts_BK.shape[1]
+    chosen_BK1 = drafts_BK[..., None]
+    uniform_BK = torch.rand(drafts_BK.shape, generator=generator, device=p_BTV.device, dtype=p_BTV.dtype)
+    stands_BK = uniform_BK * q_BKV.gather(2, chosen_BK1)[..., 0] < p_BTV[:, :K].gather(2, chosen_BK1)[..., 0]
+    stands_BK &= torch.arange(K, device=p_BTV.device) < counts_B[:, None]
+    accepted_B = stands_BK.long().cumprod(1).sum(1)
+    next_BV = p_BTV[rows_B, accepted_B]
+    left_BV = residual(next_BV, q_BKV[rows_B, accepted_B.clamp(max=K - 1)])
+    return accepted_B, torch.where((accepted_B < counts_B)[:, None], left_BV, next_BV)

@@ -1,6 +1,6 @@
-"""Generation with a KV cache, one text at a time: plain, or with drafts that one forward pass verifies.
+"""Generation with a KV cache: plain, or with drafts that one forward pass verifies. Any number of texts at once.
 
-A cycle begins at h, the trunk's true hidden state of the last token, and p, the distribution of the next one:
+A cycle of a text begins at h, the trunk's true hidden state of its last token, and p, the distribution of the next one:
 
     1. the next token x is drawn from p: the target's own sample, never counted as drafted
     2. drafts y_1 … y_k: ĥ = p_ψ(h, x) gives q_1, y_1 is drawn from it, ĥ = p_ψ(ĥ, y_1) gives q_2, …
@@ -10,12 +10,15 @@ A cycle begins at h, the trunk's true hidden state of the last token, and p, the
 
 so tokens = cycles + accepted, and the text has the distribution of plain sampling (at temperature 0: is the same
 text). Plain decoding is the same loop with k = 0.
+
+The texts of a batch go through a cycle together, each at its own position: one of 3 accepted drafts is 4 tokens
+further, its neighbour with none only one. A text that ends leaves the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -23,69 +26,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline import UserError
+from pretrain.decoding.accounting import DecodingStatistics
 from pretrain.decoding.drafting import DraftLength, DraftStep, FixedLength
 from pretrain.decoding.sampling import Sampling, draw, probabilities, verify
-
-
-@dataclass
-class DecodingStatistics:
-    """What a generation did. tokens = cycles + accepted, always; position 0 is the first draft of a cycle."""
-
-    cycles: int = 0
-    """Target's own samples, each with one forward pass (but for the last, if the text ends with it)."""
-    drafted: int = 0
-    """Tokens drafted by the draft model, whether or not they were compared."""
-    accepted: int = 0
-    """Drafts that stood."""
-    alive_by_position: list[int] = field(default_factory=list)
-    """In how many cycles a draft at this position was compared: it existed, and all before it stood."""
-    accepted_by_position: list[int] = field(default_factory=list)
-    """In how many of those it stood."""
-    tokens: int = 0
-    """Tokens generated."""
-    prefill_seconds: float = 0.0
-    """Time of the forward pass over the prompt."""
-    seconds: float = 0.0
-    """Time from then to the last token."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens generated per second, the prompt's forward pass left out."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def accepted_per_cycle(self) -> float:
-        """Mean number of drafts that stood in a cycle."""
-        return self.accepted / self.cycles if self.cycles else 0.0
-
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """Share of the compared drafts that stood, by position."""
-        pairs = zip(self.accepted_by_position, self.alive_by_position, strict=True)
-        return [accepted / alive for accepted, alive in pairs]
-
-    def count_cycle(self, drafted: int, accepted: int) -> None:
-        """Add one cycle's outcome."""
-        assert 0 <= accepted <= drafted, f"{accepted} accepted of {drafted} drafted"
-        self.cycles += 1
-        self.drafted += drafted
-        self.accepted += accepted
-        self.tokens += 1 + accepted
-        for position in range(min(accepted + 1, drafted)):
-            if position == len(self.alive_by_position):
-                self.alive_by_position.append(0)
-                self.accepted_by_position.append(0)
-            self.alive_by_position[position] += 1
-            self.accepted_by_position[position] += position < accepted
-
-    def add(self, other: DecodingStatistics) -> None:
-        """Add another generation's counts and times."""
-        for name in ("cycles", "drafted", "accepted", "tokens", "prefill_seconds", "seconds"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("alive_by_position", "accepted_by_position"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            longest = range(max(len(mine), len(theirs)))
-            setattr(self, name, [sum(part[i] for part in (mine, theirs) if i < len(part)) for i in longest])
+from pretrain.decoding.trunk import CachedTrunk
 
 
 def generate(
@@ -93,50 +37,81 @@ def generate(
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
+    on_tokens: Callable[[list[int]], None] | None = None,
+    **settings: Any,
+) -> tuple[list[int], DecodingStatistics]:
+    """Continue one prompt: `generate_batch` with a batch of one. on_tokens: called with each cycle's new tokens."""
+    watch = (lambda _, new: on_tokens(new)) if on_tokens else None
+    texts, statistics = generate_batch(model, [prompt], max_new_tokens, on_tokens=watch, **settings)
+    return texts[0], statistics
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
     eos_id: int | None = None,
     draft_step: DraftStep | None = None,
     draft_length: DraftLength | None = None,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
-    on_tokens: Callable[[list[int]], None] | None = None,
-) -> tuple[list[int], DecodingStatistics]:
-    """Continue a prompt.
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    trunk: Callable[[Any], CachedTrunk] = CachedTrunk,
+) -> tuple[list[list[int]], DecodingStatistics]:
+    """Continue prompts of any lengths.
 
     Args:
         model: a LlamaForCausalLM.
-        prompt: token ids, at least one.
-        max_new_tokens: the text ends there, or at the first `eos_id`, which is its last token then.
+        prompts: token ids, at least one each.
+        max_new_tokens: a text ends there, or at the first `eos_id`, which is its last token then.
         eos_id: None for no end.
         draft_step, draft_length: None for plain decoding.
         sampling: greedy where None.
         generator: of the random numbers, on the model's device; torch's own where None.
-        on_tokens: called with each cycle's new tokens.
+        on_tokens: called with a prompt's number and its new tokens of a cycle.
+        trunk: reads tokens; another one than the cached is of use to measure against.
 
     Returns:
-        The new tokens (without the prompt), and the statistics.
+        The new tokens of each prompt (without the prompt), and the statistics of all together.
 
     Raises UserError for an empty prompt, or where prompt and new tokens exceed the model's context.
     """
-    check_room(model, len(prompt), max_new_tokens)
+    for prompt in prompts:
+        check_room(model, len(prompt), max_new_tokens)
     statistics = DecodingStatistics()
-    tokens: list[int] = []
-    cycles = _cycles(
-        model,
-        prompt,
-        max_new_tokens,
-        eos_id,
-        draft_step,
-        draft_length if draft_length and draft_step else FixedLength(0),
-        sampling or Sampling(),
-        generator,
-        statistics,
-    )
-    with torch.inference_mode():
-        for new in cycles:
-            tokens += new
-            if on_tokens:
-                on_tokens(new)
-    return tokens, statistics
+    length = draft_length if draft_length and draft_step else FixedLength(0)
+    way = _Way(model, eos_id, draft_step, length, sampling or Sampling(), generator, statistics)
+    texts: list[list[int]] = [[] for _ in prompts]
+    batch = _prefill(way, trunk(model), prompts)
+    start = perf_counter()
+
+    def add(row: int, new: list[int], drafted: int) -> None:
+        statistics.count_cycle(drafted, len(new) - 1)
+        statistics.seconds = perf_counter() - start
+        texts[batch.numbers[row]] += new
+        if on_tokens:
+            on_tokens(batch.numbers[row], new)
+
+    while batch.numbers:
+        first_B = draw(batch.next_BV, generator)
+        room = [max_new_tokens - len(texts[number]) - 1 for number in batch.numbers]
+        ends = [left == 0 or token == eos_id for left, token in zip(room, first_B.tolist(), strict=True)]
+        for row in (row for row, end in enumerate(ends) if end):
+            add(row, [int(first_B[row])], 0)
+        if all(ends):
+            break
+        going_on = [row for row, end in enumerate(ends) if not end]
+        batch, first_B, room = batch.keep(going_on), first_B[going_on], [room[row] for row in going_on]
+
+        tokens_BT, drafted, accepted = _cycle(way, batch, first_B, room)
+        kept = [row[: stood + 1] for row, stood in zip(tokens_BT.tolist(), accepted, strict=True)]
+        for row, new in enumerate(kept):
+            add(row, new, drafted[row])
+        full = [len(texts[number]) == max_new_tokens for number in batch.numbers]
+        batch = batch.keep([row for row, new in enumerate(kept) if new[-1] != eos_id and not full[row]])
+    return texts, statistics
 
 
 def check_room(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -151,84 +126,106 @@ def check_room(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:
         )
 
 
-def _cycles(
-    model: Any,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    eos_id: int | None,
-    draft_step: DraftStep | None,
-    draft_length: DraftLength,
-    sampling: Sampling,
-    generator: torch.Generator | None,
-    statistics: DecodingStatistics,
-) -> Iterator[list[int]]:
-    """The new tokens of each cycle; `statistics` is brought up to date before each yield."""
-    from transformers import DynamicCache
+@dataclass(frozen=True)
+class _Way:
+    """How a generation decodes: the arguments of `generate_batch`, and where it counts."""
 
+    model: Any
+    eos_id: int | None
+    draft_step: DraftStep | None
+    draft_length: DraftLength
+    sampling: Sampling
+    generator: torch.Generator | None
+    statistics: DecodingStatistics
+
+
+@dataclass
+class _Batch:
+    """Texts that are not at their end yet, between two cycles."""
+
+    trunk: CachedTrunk
+    numbers: list[int]
+    """Of which prompt each row is."""
+    lengths_B: Tensor
+    """Tokens that the trunk has read."""
+    state_BD: Tensor
+    """The true hidden state of the last of them."""
+    next_BV: Tensor
+    """What the next token is drawn from."""
+
+    def keep(self, rows: list[int]) -> _Batch:
+        """The batch with these rows alone."""
+        if len(rows) == len(self.numbers):
+            return self
+        rows_B = torch.tensor(rows, dtype=torch.long, device=self.lengths_B.device)
+        self.trunk.keep(rows_B)
+        numbers = [self.numbers[row] for row in rows]
+        return _Batch(self.trunk, numbers, self.lengths_B[rows_B], self.state_BD[rows_B], self.next_BV[rows_B])
+
+
+def _prefill(way: _Way, trunk: CachedTrunk, prompts: Sequence[Sequence[int]]) -> _Batch:
+    """Read the prompts, shorter ones padded behind their end."""
+    start, device = perf_counter(), way.model.device
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = max(map(len, prompts))
+    tokens_BT = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    states_BTD = trunk.read(tokens_BT, torch.zeros_like(lengths_B))
+    state_BD = states_BTD[torch.arange(len(prompts), device=device), lengths_B - 1]
+    next_BV = probabilities(way.model.lm_head(state_BD), way.sampling)
+    way.statistics.prefill_seconds = perf_counter() - start
+    return _Batch(trunk, list(range(len(prompts))), lengths_B, state_BD, next_BV)
+
+
+def _cycle(way: _Way, batch: _Batch, first_B: Tensor, room: list[int]) -> tuple[Tensor, list[int], list[int]]:
+    """Draft after `first_B`, verify, and move the batch on to the last tokens that stand.
+
+    Returns the tokens (B, 1 + K), first and drafts; how many of a row's are drafts; and how many of those stood.
+    """
     start = perf_counter()
-    cache = DynamicCache(config=model.config)
-    state_D = _hidden_states(model, list(prompt), cache)[-1]
-    next_V = probabilities(model.lm_head(state_D), sampling)
-    statistics.prefill_seconds = perf_counter() - start
-    start = perf_counter()
-    while statistics.tokens < max_new_tokens:
-        first = draw(next_V, generator)
-        room = max_new_tokens - statistics.tokens - 1
-        if first == eos_id or room == 0:
-            statistics.count_cycle(0, 0)
-            statistics.seconds = perf_counter() - start
-            yield [first]
-            return
-        drafts, q_kV = _draft(draft_step, draft_length, state_D, first, room, eos_id, sampling, generator)
-
-        verification = perf_counter()
-        states_D = _hidden_states(model, [first, *drafts], cache)  # (1 + k, D)
-        p_V = probabilities(model.lm_head(states_D), sampling)  # (1 + k, V)
-        accepted, residual_V = verify(p_V[: len(drafts)], q_kV, drafts, generator) if drafts else (0, None)
-        draft_length.saw_verification(accepted, len(drafts), perf_counter() - verification)
-
-        if accepted < len(drafts):
-            cache.crop(accepted - len(drafts))
-        state_D = states_D[accepted]
-        next_V = p_V[accepted] if residual_V is None else residual_V
-        statistics.count_cycle(len(drafts), accepted)
-        statistics.seconds = perf_counter() - start
-        new = [first, *drafts[:accepted]]
-        yield new
-        if new[-1] == eos_id:
-            return
+    drafts_BK, q_BKV, counts = _draft(way, batch.state_BD, first_B, room)
+    drafted = perf_counter()
+    tokens_BT = torch.cat([first_B[:, None], drafts_BK], dim=1)
+    states_BTD = batch.trunk.read(tokens_BT, batch.lengths_B)
+    p_BTV = probabilities(way.model.lm_head(states_BTD), way.sampling)
+    if q_BKV is None:
+        accepted_B, batch.next_BV = torch.zeros_like(first_B), p_BTV[:, 0]
+    else:
+        counts_B = torch.tensor(counts, device=first_B.device)
+        accepted_B, batch.next_BV = verify(p_BTV, q_BKV, drafts_BK, counts_B, way.generator)
+    batch.state_BD = states_BTD[torch.arange(len(first_B), device=first_B.device), accepted_B]
+    batch.lengths_B = batch.lengths_B + 1 + accepted_B
+    accepted = accepted_B.tolist()
+    end = perf_counter()
+    way.draft_length.saw_verification(accepted, counts, end - drafted)
+    way.statistics.count_steps(drafts_BK.shape[1], drafted - start, end - drafted)
+    return tokens_BT, counts, accepted
 
 
-def _draft(
-    draft_step: DraftStep | None,
-    draft_length: DraftLength,
-    state_D: Tensor,
-    token: int,
-    room: int,
-    eos_id: int | None,
-    sampling: Sampling,
-    generator: torch.Generator | None,
-) -> tuple[list[int], Tensor]:
-    """Draft at most `room` tokens after `token`, the last of them at the first EOS: (tokens, q (k, V))."""
-    drafts: list[int] = []
+def _draft(way: _Way, state_BD: Tensor, token_B: Tensor, room: list[int]) -> tuple[Tensor, Tensor | None, list[int]]:
+    """Draft after `token_B`, at most `room` tokens a row, the last of a row at its first EOS.
+
+    Returns the drafts (B, K), their q (B, K, V) or None where K is 0, and how many of each row's K are drafts: a row
+    at its end goes along, and what it draws is padding.
+    """
+    drafts: list[Tensor] = []
     distributions: list[Tensor] = []
+    counts, open_rows = [0] * len(room), list(range(len(room)))
     while (
-        draft_step is not None
-        and len(drafts) < room
-        and (not drafts or drafts[-1] != eos_id)
+        way.draft_step is not None
+        and open_rows
         # Asked before the draft is drawn: a decision that saw the draft would bias what is sampled.
-        and draft_length.wants_another(len(drafts))
+        and way.draft_length.wants_another(len(drafts))
     ):
         start = perf_counter()
-        state_D, logits_V = draft_step(state_D, token)
-        distributions.append(probabilities(logits_V, sampling))
-        token = draw(distributions[-1], generator)
-        drafts.append(token)
-        draft_length.saw_draft(logits_V, perf_counter() - start)
-    return drafts, torch.stack(distributions) if distributions else state_D.new_empty(0, 0)
-
-
-def _hidden_states(model: Any, tokens: list[int], cache: Any) -> Tensor:
-    """Final, post-norm hidden states (T, D) of tokens that follow those in the cache, which grows by them."""
-    ids_1T = torch.tensor([tokens], device=model.device)
-    return model.model(input_ids=ids_1T, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        state_BD, logits_BV = way.draft_step(state_BD, token_B)
+        distributions.append(probabilities(logits_BV, way.sampling))
+        token_B = draw(distributions[-1], way.generator)
+        drafts.append(token_B)
+        tokens = token_B.tolist()
+        for row in open_rows:
+            counts[row] += 1
+        open_rows = [row for row in open_rows if counts[row] < room[row] and tokens[row] != way.eos_id]
+        way.draft_length.saw_draft(logits_BV, perf_counter() - start)
+    if not drafts:
+        return token_B.new_empty(len(room), 0), None, counts
+    return torch.stack(drafts, 1), torch.stack(distributions, 1), counts

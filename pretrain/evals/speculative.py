@@ -13,10 +13,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from data_pipeline import Dataset, UserError
+from pretrain.decoding.accounting import DecodingStatistics
 from pretrain.decoding.continuation import DEFAULT_DRAFT, continue_text
 from pretrain.decoding.loading import Export, fitting_threads
 from pretrain.decoding.sampling import Sampling
-from pretrain.decoding.speculative import DecodingStatistics
 from pretrain.evals.pictures import ACCENT, INK, new_picture
 from pretrain.evals.subject import Subject
 from pretrain.evals.suite import Suite

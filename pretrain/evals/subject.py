@@ -52,13 +52,21 @@ def open_subject(path: str | Path) -> Subject:
 
 
 def open_data(subject: Subject, path: str | None) -> Dataset:
-    """The data set at `path`, or the one that the subject was trained on.
+    """The data set at `path`, or the one that the subject was trained on; of a mixture, that of the largest share.
 
-    Raises UserError where there is none, or its tokens mean something else to the model.
+    path: also the name of a source of the mixture. Raises UserError where there is none, or its tokens mean something
+    else to the model.
     """
-    chosen = path or subject.dataset["path"]
+    trained = subject.dataset
+    sources = {name: source["path"] for name, source in trained.get("sources", {}).items()}
+    chosen = sources.get(path, path) if path else trained["path"]
     try:
-        dataset = open_dataset(chosen)
+        dataset = open_dataset(
+            chosen,
+            tokenizer=trained.get("tokenizer") if chosen.endswith(".bin") else None,
+            cache=trained.get("cache"),
+            cache_bytes=trained.get("cache_bytes"),
+        )
     except UserError as error:
         if path is None:
             raise UserError(f"the data that {subject.path} was trained on: {error}; or give --data") from None

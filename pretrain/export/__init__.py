@@ -4,6 +4,7 @@
     DIR/model.safetensors                             the trunk and head; in shards with an index where large
     DIR/tokenizer.json, tokenizer_config.json
     DIR/nextlat/config.json, model.safetensors        p_ψ, where the objective has it
+    DIR/custom_generate/                              with it: drafting inside transformers' own `generate`
     DIR/mtp/config.json, model.safetensors            MTP's extra heads, likewise
     DIR/README.md                                     a model card
     DIR/nextlat_manifest.json                         source, config, what was verified, sha256 of each file
@@ -32,7 +33,9 @@ from pretrain.config import Config, MtpConfig, NextLatConfig
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_config, llama_name
 from pretrain.decoding.loading import MANIFEST, check_names
 from pretrain.decoding.rivals import HEADS_PREFIX
+from pretrain.export.custom_generate import write_custom_generate
 from pretrain.export.model_card import model_card
+from pretrain.export.token_ranks import write_token_ranks
 from pretrain.export.tokenizer_files import write_tokenizer
 from pretrain.export.verification import verify_export
 from pretrain.export.weights import Plan, write_safetensors, write_weights
@@ -144,6 +147,9 @@ def _write(
         described |= {"step": checkpoint.step, "dtype": str(dtype).removeprefix("torch.")}
         write_safetensors(folder / subfolder / "model.safetensors", drafter, read, dtype)
         _write_json(folder / subfolder / "config.json", described)
+    if isinstance(config.objective, NextLatConfig):
+        write_token_ranks(folder, checkpoint.dataset)
+        write_custom_generate(folder)
     write_weights(folder, trunk, read, dtype, shard_bytes)
 
 

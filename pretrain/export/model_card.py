@@ -52,7 +52,7 @@ A decoder-only language model of Llama's architecture, pretrained from scratch. 
 | objective | {aim} |
 | trained | {checkpoint.step:,} steps, {checkpoint.tokens:,} tokens |
 | context | {config.data.sequence_length:,} tokens |
-| data | {data["path"]}, fingerprint {data["fingerprint"][:12]} |
+| data | {_data(data)} |
 | tokenizer | {checkpoint.tokenizer().kind}, fingerprint {data["tokenizer_fingerprint"][:12]} |
 | weights | {dtype} |
 
@@ -65,3 +65,13 @@ as in training. `nextlat_manifest.json` has the source, the whole config and the
 
 Limits: a base model, not tuned to follow instructions; it repeats what is in its training text, errors included.
 """
+
+
+def _data(described: dict[str, Any]) -> str:
+    """The data set, or each of a mixture with its share."""
+    sources = list(described.get("sources", {}).values()) or [described]
+    shares = [f"{source['share']:.1%} of " if len(sources) > 1 else "" for source in sources]
+    return ", ".join(
+        f"{share}{source['path']} (fingerprint {source['fingerprint'][:12]})"
+        for share, source in zip(shares, sources, strict=True)
+    )

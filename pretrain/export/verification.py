@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data_pipeline import UserError
 from pretrain.decoding.loading import load_folder, load_trained
 from pretrain.decoding.rivals import MultiTokenLlama, load_heads
+from pretrain.decoding.trunk import CachedTrunk
 from pretrain.export.fuzz import check_tokenizer
 from pretrain.model import PretrainingModel
 
@@ -86,14 +87,13 @@ def _trained_logits(model: PretrainingModel, tokens_BT: Tensor) -> tuple[Tensor,
 
 def _difference_of_heads(trained: PretrainingModel, exported: Any, heads: nn.ModuleList, tokens_BT: Tensor) -> float:
     """Largest difference between the states of MTP's extra heads, as training makes them and as decoding does."""
-    from transformers import DynamicCache
-
     positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
     states = trained.trunk(tokens_BT, torch.zeros_like(tokens_BT), positions_BT)
     inputs = (states.before_last_block, states.rotation, states.mask)
     ours = [head(*inputs) for head in trained.objective.heads]  # type: ignore[union-attr]
-    decoder = MultiTokenLlama(exported, heads)
-    theirs = decoder.model(tokens_BT, DynamicCache(config=decoder.config)).last_hidden_state
+    theirs = CachedTrunk(MultiTokenLlama(exported, heads)).read(
+        tokens_BT, torch.zeros(len(tokens_BT), dtype=torch.long)
+    )
     return float((theirs - torch.cat([states.hidden, *ours], dim=-1)).abs().max())
 
 

@@ -1,7 +1,7 @@
 """Objectives: each turns hidden states into named losses, inside the model's forward pass."""
 
 from pretrain.config import BstConfig, Config, JtpConfig, MtpConfig, NextLatConfig, NextTokenConfig
-from pretrain.objectives.base import LanguageModelHead, Objective, TokenBatch
+from pretrain.objectives.base import LanguageModelHead, Objective, TokenBatch, row_seeds
 from pretrain.objectives.bst import BeliefState
 from pretrain.objectives.jtp import JointToken
 from pretrain.objectives.mtp import MultiToken
@@ -18,6 +18,7 @@ __all__ = [
     "Objective",
     "TokenBatch",
     "build_objective",
+    "row_seeds",
 ]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,23 @@ class TokenBatch:
     """(B, T+1) int: position in the document."""
     target_mask: Tensor
     """(B, T+1) bool: the token counts as a target (prompt tokens and padding do not)."""
+    row_seeds: tuple[int, ...] | None = None
+    """B seeds, see `row_seeds`, for what is chosen at random in a row; None where nothing is (validation)."""
 
     @classmethod
-    def from_numpy(cls, batch: Batch, device: torch.device | str = "cpu") -> TokenBatch:
+    def from_numpy(
+        cls, batch: Batch, device: torch.device | str = "cpu", row_seeds: tuple[int, ...] | None = None
+    ) -> TokenBatch:
         """The data pipeline's batch as tensors on `device`."""
         arrays = (batch.tokens, batch.document_ids, batch.positions, batch.target_mask)
-        return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+        tokens, documents, positions, targets = (torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
+        return cls(tokens, documents, positions, targets, row_seeds)
+
+
+def row_seeds(seed: int, samples: Iterable[int]) -> tuple[int, ...]:
+    """A seed for each sample of a run, counted from its first step on: the same whichever rank reads it, and when."""
+    digests = (hashlib.sha256(f"row {seed} {sample}".encode()).digest() for sample in samples)
+    return tuple(int.from_bytes(digest[:8], "little") >> 1 for digest in digests)
 
 
 class LanguageModelHead(nn.Module):
@@ -58,10 +70,12 @@ class LanguageModelHead(nn.Module):
         rollouts_dBTD: Tensor | None = None,
         kl_weights_dBT: Tensor | None = None,
         compute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        **options: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V); or with targets, the weighted sums of cross-entropy () and of KL (d,).
 
         compute: a loss of another form, called with the states, of whatever shape, and the weight.
+        options: of `fused_cross_entropy_kl`.
         """
         if compute is not None:
             return compute(hidden_BTD, self.weight)
@@ -74,6 +88,7 @@ class LanguageModelHead(nn.Module):
             ce_weights_BT.flatten(),
             None if rollouts_dBTD is None else rollouts_dBTD.flatten(1, 2),
             None if kl_weights_dBT is None else kl_weights_dBT.flatten(1, 2),
+            **options,
         )
 
 

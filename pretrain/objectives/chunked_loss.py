@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.objectives.fused_loss import HEADS_PER_CHUNK, LEAST_BUDGET_BYTES, positions_per_chunk
+from pretrain.objectives.fused_loss import HEADS_PER_CHUNK, LEAST_BUDGET_BYTES
 
 MakeStates = Callable[..., Tensor]
 """(slice of positions, *sources) → states (G, C, D)."""
@@ -77,9 +77,10 @@ def _chunked(
     sources: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     if memory_budget_bytes is None:
-        memory_budget_bytes = max(LEAST_BUDGET_BYTES, HEADS_PER_CHUNK * head_VD.nbytes)
+        memory_budget_bytes = max(LEAST_BUDGET_BYTES, int(HEADS_PER_CHUNK * head_VD.nbytes))
     sum_dtype = torch.promote_types(head_VD.dtype, torch.float32)
-    chunk = positions_per_chunk(head_VD.shape[0] * len(targets_GN), 0, sum_dtype.itemsize, memory_budget_bytes)
+    bytes_per_position = 2 * len(targets_GN) * head_VD.shape[0] * sum_dtype.itemsize  # logits and probabilities
+    chunk = max(1, memory_budget_bytes // bytes_per_position)
     return _ChunkedCrossEntropy.apply(
         make_states, targets_GN, mean_weights_GN, stream_weights_G, chunk, torch.is_grad_enabled(), head_VD, *sources
     )

@@ -44,6 +44,9 @@ def test_the_base_of_these_tests_is_accepted(tmp_path: Path):
     load_config(write(tmp_path, yaml.safe_dump(BASE)))
 
 
+NO_PATH = ["data.path=null"]
+TWO_SOURCES = [*NO_PATH, "data.sources=[{path: a}, {path: b}]"]
+
 # each: what is wrong, the overrides that make it so, and what the line must say: key, value, remedy
 BAD = {
     "unknown key, near another": (["model.widht=3"], ["model.widht=3", "did you mean model.width"]),
@@ -68,7 +71,18 @@ BAD = {
     "whole number as a fraction": (["model.layers=2.0"], ["model.layers=2.0", "integer"]),
     "whole number as a truth value": (["model.layers=true"], ["model.layers=True", "integer"]),
     "number as text": (["optimizer.learning_rate='3e-4'"], ["optimizer.learning_rate='3e-4'", "number"]),
-    "truth value as a word": (["run.resume=yes"], ["run.resume='yes'", "boolean"]),
+    "truth value as a word": (["model.tie_embeddings=yes"], ["model.tie_embeddings='yes'", "boolean"]),
+    "resume as it once was, true": (["run.resume=true"], ["run.resume=true", "write auto or must"]),
+    "resume as it once was, false": (["run.resume=false"], ["run.resume=false", "write never"]),
+    "resume as another word": (["run.resume=always"], ["run.resume='always'", "'never', 'auto' or 'must'"]),
+    "checkpoints kept where none are saved": (
+        ["checkpoint.every=4", "checkpoint.keep_every=10"],
+        ["checkpoint.keep_every=10", "not a multiple of checkpoint.every=4"],
+    ),
+    "the best checkpoints without a validation": (
+        ["checkpoint.every=5", "checkpoint.keep_best=1", "validation.every=10"],
+        ["checkpoint.keep_best=1", "checkpoint.every=5", "validation.every=10"],
+    ),
     "truth value as a number": (["model.tie_embeddings=1"], ["model.tie_embeddings=1", "boolean"]),
     "text as a number": (["run.name=2024"], ["run.name=2024", "string"]),
     "null where a value is needed": (["model.width=null"], ["model.width=None", "integer"]),
@@ -188,6 +202,79 @@ BAD = {
         ["data.sequence_length=1"],
         ["data.sequence_length=1", "greater than or equal to 2"],
     ),
+    "no data": (["data.path=null"], ["data.path", "data.sources", "neither"]),
+    "data twice": (["data.sources=[{path: a, weight: 1}]"], ["data.path", "data.sources", "both"]),
+    "no source": ([*NO_PATH, "data.sources=[]"], ["data.sources=[]", "at least 1 item"]),
+    "weight of zero": (
+        [*NO_PATH, "data.sources=[{path: a, weight: 0}]"],
+        ["data.sources.0.weight=0", "greater than 0"],
+    ),
+    "negative epochs": ([*NO_PATH, "data.sources=[{path: a, epochs: -1}]"], ["data.sources.0.epochs=-1", "greater"]),
+    "weight and epochs": (
+        [*NO_PATH, "data.sources=[{path: a, weight: 1, epochs: 2}]"],
+        ["data.sources", "a weight for every source, or epochs for every source"],
+    ),
+    "a weight here and epochs there": (
+        [*NO_PATH, "data.sources=[{path: a, weight: 1}, {path: b, epochs: 2}]"],
+        ["data.sources", "a weight for every source, or epochs for every source"],
+    ),
+    "neither weight nor epochs": ([*NO_PATH, "data.sources=[{path: a}]"], ["data.sources", "a weight for every"]),
+    "mistyped key of a source": (
+        [*NO_PATH, "data.sources=[{path: a, weigth: 1}]"],
+        ["data.sources.0.weigth=1", "did you mean data.sources.0.weight"],
+    ),
+    "source without a path": ([*NO_PATH, "data.sources=[{weight: 1}]"], ["missing key data.sources.0.path"]),
+    "two sources of one name": (
+        [*NO_PATH, "data.sources=[{path: x/Web, weight: 1}, {path: y/web, weight: 1}]"],
+        ["data.sources", "'web'", "give each a name"],
+    ),
+    "a name for no metric": (
+        [*NO_PATH, "data.sources=[{path: a, weight: 1, name: The Web}]"],
+        ["data.sources.0.name='The Web'", "match"],
+    ),
+    "phases of a single path": (["data.phases=[{weights: [1]}]"], ["data.phases", "data.sources"]),
+    "phases and weights": (
+        [*NO_PATH, "data.sources=[{path: a, weight: 1}]", "data.phases=[{weights: [1]}]"],
+        ["data.phases", "leave those out"],
+    ),
+    "phase without a length": (
+        [*TWO_SOURCES, "data.phases=[{weights: [1, 2]}, {weights: [1, 1]}]"],
+        ["data.phases.0", "needs its length, steps or tokens"],
+    ),
+    "phase of two lengths": (
+        [*TWO_SOURCES, "data.phases=[{weights: [1, 2], steps: 5, tokens: 9}]"],
+        ["data.phases.0", "one of steps and tokens"],
+    ),
+    "line without a length": (
+        [*TWO_SOURCES, "data.phases=[{weights: [1, 2], to: [2, 1]}]"],
+        ["data.phases.0", "needs its length"],
+    ),
+    "phase of too few weights": (
+        [*TWO_SOURCES, "data.phases=[{weights: [1]}]"],
+        ["data.phases.0.weights=[1.0]", "2 numbers, one for each source"],
+    ),
+    "line to too few weights": (
+        [*TWO_SOURCES, "data.phases=[{weights: [1, 1], to: [2], steps: 3}]"],
+        ["data.phases.0.to=[2.0]", "2 numbers, one for each source"],
+    ),
+    "phase of nothing": (
+        [*TWO_SOURCES, "data.phases=[{weights: [0, 0]}]"],
+        ["data.phases.0.weights=[0.0, 0.0]", "at least one must be above 0"],
+    ),
+    "mistyped key of a phase": (
+        [*TWO_SOURCES, "data.phases=[{weight: [1, 0]}]"],
+        ["data.phases.0.weight=[1, 0]", "did you mean data.phases.0.weights"],
+    ),
+    "groups of a mixture": (
+        [*NO_PATH, "data.sources=[{path: a, weight: 1}, {path: b, weight: 1}]", "data.groups=2"],
+        ["data.groups=2", "leave it out for a mixture"],
+    ),
+    "packing and a window": (
+        ["data.packing=best_fit", "data.shard_window=2"],
+        ["data.packing=best_fit", "leave data.shard_window"],
+    ),
+    "cache of no bytes": (["data.cache_bytes=0"], ["data.cache_bytes=0", "greater than 0"]),
+    "damage ignored": (["data.on_damage=ignore"], ["data.on_damage='ignore'", "'stop'", "'skip'"]),
     "deepspeed batch size": (
         ["deepspeed.train_batch_size=77"],
         ["deepspeed.train_batch_size=77", "batch.global_sequences"],
@@ -260,7 +347,7 @@ def test_the_same_mistake_in_the_file_reads_the_same_as_in_an_override(case: str
     "key",
     [
         "run.name", "model.layers", "model.width", "model.heads", "objective.name", "objective.horizon",
-        "objective.next_latent_weight", "objective.kl_weight", "objective.dynamics_width", "data.path",
+        "objective.next_latent_weight", "objective.kl_weight", "objective.dynamics_width",
         "data.sequence_length", "batch.global_sequences", "batch.micro_sequences", "optimizer.learning_rate",
         "optimizer.weight_decay", "optimizer.gradient_clip", "schedule.name",
         "run", "model", "objective", "data", "batch", "optimizer", "schedule",

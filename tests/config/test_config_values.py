@@ -54,8 +54,9 @@ def test_a_word_stays_a_word(word: str, tmp_path: Path):
 
 def test_off_is_a_word_and_true_is_a_truth_value(tmp_path: Path):
     text = TEXT + "metrics: {wandb: off}\n"
-    config = load(tmp_path, "run.resume=false", "model.tie_embeddings=True", text=text)
-    assert config.metrics.wandb == "off" and config.run.resume is False and config.model.tie_embeddings is True
+    config = load(tmp_path, "checkpoint.in_background=false", "model.tie_embeddings=True", text=text)
+    assert config.metrics.wandb == "off" and config.model.tie_embeddings is True
+    assert config.checkpoint.in_background is False
 
 
 def test_overrides_win_over_the_file_and_the_last_over_the_first(tmp_path: Path):
@@ -105,7 +106,7 @@ def test_overrides_do_not_change_the_file_or_a_later_load(tmp_path: Path):
     [
         [],
         ["optimizer.learning_rate=1e-8", "optimizer.epsilon=1e-12", "optimizer.gradient_clip=null"],
-        ["metrics.wandb=offline", "metrics.wandb_project='off'", "run.resume=false"],
+        ["metrics.wandb=offline", "metrics.wandb_project='off'", "run.resume=never"],
         ["schedule.name=wsd", "schedule.decay_tokens=100", "schedule.warmup_tokens=1000"],
         ["deepspeed.zero_optimization.stage=0", "deepspeed.comms_logger={enabled: true, prof_ops: [a, b]}"],
         ["data.path=/bücket/a b", "model.init_from='null'"],
@@ -114,6 +115,12 @@ def test_overrides_do_not_change_the_file_or_a_later_load(tmp_path: Path):
         ["run.name='123'", "data.path='true'"],
         ["run.name='2024-01-01'", "data.path='1.5'"],
         ["data.path='1:30'", "metrics.wandb_project='~'"],
+        ["data.path=null", "data.sources=[{path: a, weight: 0.25}, {path: s3://b/c, weight: 1}]", "data.cache=/tmp/c"],
+        [
+            "data.path=null",
+            "data.sources=[{path: a}, {path: b}]",
+            "data.phases=[{weights: [1, 0], to: [0, 1], steps: 9}]",
+        ],
     ],
     ids=lambda overrides: " ".join(overrides) or "plain",
 )
@@ -205,3 +212,12 @@ def test_an_override_replaces_a_whole_section(tmp_path: Path):
     path = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     config = load_config(path, ["objective={name: next_token}"])
     assert config.objective.model_dump() == {"name": "next_token"}
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("data/web", "web"), ("s3://bucket/Fine-Web 2/", "fine_web_2"), ("东京", "data"), ("x/train.bin", "train_bin")],
+)
+def test_a_source_is_called_by_the_last_part_of_its_path(tmp_path: Path, path: str, name: str):
+    config = load(tmp_path, "data.path=null", f"data.sources=[{{path: {path}, weight: 1}}]")
+    assert list(config.data.sources_by_name) == [name]

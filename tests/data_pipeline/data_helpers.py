@@ -1,15 +1,25 @@
-"""Text to prepare, documents that are only a list of starts, and a console that shows nothing."""
+"""Text to prepare, short ways to prepare it and to read it back, and documents that are only a list of starts."""
 
 from __future__ import annotations
 
 import io
+import json
 import random
+import subprocess
+import sys
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from data_pipeline import Dataset, open_dataset
+from data_pipeline.prepare import prepare
+
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
     "alpha",
     "beta",
@@ -35,6 +45,44 @@ def quiet() -> Console:
 def make_texts(count: int, seed: int = 0, words: int = 60) -> list[str]:
     chance = random.Random(seed)
     return [" ".join(chance.choices(WORDS, k=chance.randint(1, words))) + f" {n}" for n in range(count)]
+
+
+def jsonl(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def make(source: Path | str, out: Path, tokenizer: str | Path = "bytes", **options: Any) -> Dataset:
+    """The source prepared by one worker, a fifth of it for validation."""
+    usual = {"workers": 1, "validation": 0.2, "console": quiet()}
+    made = prepare(str(source), str(tokenizer), out, **(usual | options))
+    return made if made is not None else open_dataset(out)
+
+
+def make_whole(source: Path | str, out: Path, tokenizer: str | Path = "bytes", **options: Any) -> Dataset:
+    """The source prepared by one worker, all of it for training."""
+    return make(source, out, tokenizer, **({"validation": 0.0} | options))
+
+
+def decoded(dataset: Dataset, name: str = "train") -> list[str]:
+    """The text of each document of a split."""
+    split, tokenizer = dataset.split(name), dataset.tokenizer()
+    borders = [*split.document_starts.tolist(), split.tokens]
+    pieces = [split.read(a, b) for a, b in pairwise(borders)]
+    assert all(piece[0] == dataset.eos_id for piece in pieces)
+    return [tokenizer.decode(piece) for piece in pieces]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m` with these arguments, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, **options
+    )
 
 
 @dataclass

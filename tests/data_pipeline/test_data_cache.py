@@ -288,6 +288,39 @@ def test_failures_are_tried_again(remote: str, tmp_path: Path, monkeypatch: pyte
         open_remote(remote, tmp_path / "d")
 
 
+class ServerDisconnected(Exception):
+    """As some network packages have them: no OSError."""
+
+    __module__ = "aiohttp.client_exceptions"
+
+
+@pytest.mark.parametrize("error", [ServerDisconnected("gone"), TimeoutError("slow"), EOFError("cut off")])
+def test_what_a_network_throws_is_tried_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_DELAY", 0.001)
+    answers = iter([error, error, b"content"])
+
+    def read() -> bytes:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert module.retry(read, "x") == b"content"
+
+
+@pytest.mark.parametrize("error", [TypeError("a defect"), KeyError("a defect"), ZeroDivisionError()])
+def test_a_defect_of_ours_is_told_at_once(error: Exception) -> None:
+    attempts = []
+
+    def read() -> bytes:
+        attempts.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        module.retry(read, "x")
+    assert len(attempts) == 1
+
+
 def test_damage_on_the_way_is_fetched_again_and_at_the_source_told(
     remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

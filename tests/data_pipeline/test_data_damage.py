@@ -111,7 +111,7 @@ def test_a_bad_shard_is_skipped_and_counted(dataset: Dataset, tmp_path: Path) ->
         assert np.array_equal(batch.positions[~hit], good.positions[~hit])
     assert stream.skipped["samples"] == skipped > 0
     assert sum(1 for _ in stream.batches(0, 40)) == 40  # and nothing is raised
-    with pytest.raises(UserError, match="write error or skip"):
+    with pytest.raises(UserError, match="write stop or skip"):
         Stream(bad.split("train"), on_damage="ignore", **SIZES)
 
 

@@ -36,11 +36,11 @@ class TableModel:
         self.head = 0.7 * torch.randn(6, vocab, generator=generator)
         self.noise = torch.randn(vocab, 6, generator=generator)
 
-    def model(self, input_ids, past_key_values, use_cache):
-        keys, _ = past_key_values.update(input_ids[:, None, :, None].float(), input_ids[:, None, :, None].float(), 0)
-        tokens = torch.nn.functional.pad(keys[0, 0, :, 0].long(), (1, 0))
-        states = self.states[tokens[:-1], tokens[1:]][-input_ids.shape[1] :]
-        return SimpleNamespace(last_hidden_state=states[None])
+    def model(self, input_ids, position_ids, attention_mask, past_key_values, use_cache):
+        new = input_ids[:, None, :, None].float()
+        keys, _ = past_key_values.update(new, new, 0)
+        before = torch.nn.functional.pad(keys[:, 0, :, 0].long(), (1, 0)).gather(1, position_ids)
+        return SimpleNamespace(last_hidden_state=self.states[before, input_ids])
 
     def lm_head(self, states):
         return states @ self.head

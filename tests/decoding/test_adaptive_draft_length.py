@@ -16,10 +16,10 @@ def run(acceptance, cycles: int, draft_seconds=0.1, verify_seconds=1.0, rule: Ad
     for _ in range(cycles):
         drafted = 0
         while rule.wants_another(drafted):
-            rule.saw_draft(torch.tensor([3.0, 0.0, 0.0]), draft_seconds)
+            rule.saw_draft(torch.tensor([[3.0, 0.0, 0.0]]), draft_seconds)
             drafted += 1
         accepted = next((i for i in range(drafted) if chance.random() >= acceptance(i)), drafted)
-        rule.saw_verification(accepted, drafted, verify_seconds)
+        rule.saw_verification([accepted], [drafted], verify_seconds)
         lengths.append(drafted)
     return lengths, rule
 

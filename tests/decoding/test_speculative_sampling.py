@@ -9,7 +9,7 @@ import torch
 from decoding_helpers import TableModel
 
 from data_pipeline import UserError
-from pretrain.decoding import FixedLength, Sampling, generate
+from pretrain.decoding import AdaptiveLength, FixedLength, Sampling, generate_batch
 from pretrain.decoding import sampling as sampling_module
 from pretrain.decoding import speculative as speculative_module
 from pretrain.decoding.sampling import draw, probabilities, residual, verify
@@ -39,15 +39,17 @@ def joint(model: TableModel, sampling: Sampling) -> torch.Tensor:
     return torch.tensor(result, dtype=torch.float64)
 
 
-def p_value(model: TableModel, sampling: Sampling, drafts: int, samples: int = SAMPLES, seed: int = 0) -> float:
+def p_value(model: TableModel, sampling: Sampling, drafts: int | str, samples: int = SAMPLES, seed: int = 0) -> float:
     """Chi-square test of generated texts against the exact distribution; cells below 5 are pooled."""
     generator = torch.Generator().manual_seed(seed)
+    length = AdaptiveLength() if drafts == "auto" else FixedLength(drafts)
     counts = torch.zeros(VOCAB**LENGTH, dtype=torch.float64)
-    for _ in range(samples):
-        tokens, _ = generate(
-            model, PROMPT, LENGTH, draft_step=model.draft_step, draft_length=FixedLength(drafts),
-            sampling=sampling, generator=generator,
-        )  # fmt: skip
+    texts, statistics = generate_batch(
+        model, [PROMPT] * samples, LENGTH, draft_step=model.draft_step, draft_length=length,
+        sampling=sampling, generator=generator,
+    )  # fmt: skip
+    assert statistics.accepted > 0 and statistics.tokens == statistics.cycles + statistics.accepted
+    for tokens in texts:
         counts[sum(token * VOCAB ** (LENGTH - 1 - place) for place, token in enumerate(tokens))] += 1
     expected = joint(model, sampling) * samples
     if bool(counts[expected == 0].any()):
@@ -61,34 +63,68 @@ def p_value(model: TableModel, sampling: Sampling, drafts: int, samples: int = S
     return float(torch.special.gammaincc(torch.tensor((len(wanted) - 1) / 2).double(), statistic / 2))
 
 
+@pytest.mark.parametrize("drafts", [1, 2, 3, "auto"])
 @pytest.mark.parametrize(
-    ("sampling", "drafts"),
-    [(Sampling(0.6), 2), (Sampling(1.5, top_k=2), 3), (Sampling(0.9, top_p=0.8), 3)],
-    ids=["temperature", "top-k", "top-p"],
+    "sampling",
+    [
+        Sampling(0.6),
+        Sampling(1.0),
+        Sampling(1.5),
+        Sampling(1.5, top_p=0.7),
+        Sampling(0.9, top_p=0.8),
+        Sampling(1.5, top_k=2),
+    ],
+    ids=lambda s: f"T={s.temperature},p={s.top_p},k={s.top_k}",
 )
 def test_joint_distribution_of_four_tokens(sampling, drafts):
     assert p_value(TableModel(VOCAB), sampling, drafts) > 1e-3
 
 
-def raw_q(p_kV, q_kV, drafts, generator=None):
+def test_a_trimmed_draft_vocabulary_leaves_the_distribution_as_it_is(monkeypatch):
+    model = TableModel(VOCAB)
+    model.draft_step = trimmed(model.draft_step)
+    assert p_value(model, Sampling(0.8), 3) > 1e-3
+    monkeypatch.setattr(speculative_module, "verify", resample_from_p)
+    assert p_value(model, Sampling(0.8), 3) < 1e-6
+
+
+def trimmed(step):
+    """Token 0 is never drafted."""
+
+    def without_0(state, token):
+        state, logits = step(state, token)
+        return state, logits.index_fill(1, torch.tensor([0]), float("-inf"))
+
+    return without_0
+
+
+def raw_q(p_BTV, q_BKV, drafts, counts, generator=None):
     """At temperature 1/2 the sampled q is the square of the unprocessed one, normalised."""
-    return verify(p_kV, q_kV.sqrt() / q_kV.sqrt().sum(-1, keepdim=True), drafts, generator)
+    return verify(p_BTV, q_BKV.sqrt() / q_BKV.sqrt().sum(-1, keepdim=True), drafts, counts, generator)
 
 
-def resample_from_p(p_kV, q_kV, drafts, generator=None):
-    accepted, left = verify(p_kV, q_kV, drafts, generator)
-    return accepted, None if left is None else p_kV[accepted]
+def resample_from_p(p_BTV, q_BKV, drafts, counts, generator=None):
+    accepted, _ = verify(p_BTV, q_BKV, drafts, counts, generator)
+    return accepted, p_BTV[torch.arange(len(p_BTV)), accepted]
 
 
-def accept_one_too_many(p_kV, q_kV, drafts, generator=None):
-    accepted, left = verify(p_kV, q_kV, drafts, generator)
-    return (accepted, left) if left is None or accepted + 1 == len(drafts) else (accepted + 1, None)
+def accept_one_too_many(p_BTV, q_BKV, drafts, counts, generator=None):
+    accepted, _ = verify(p_BTV, q_BKV, drafts, counts, generator)
+    accepted = (accepted + 1).minimum(counts)
+    return accepted, p_BTV[torch.arange(len(p_BTV)), accepted]
 
 
 @pytest.mark.parametrize("mutation", [raw_q, resample_from_p, accept_one_too_many], ids=lambda m: m.__name__)
 def test_wrong_rules_fail_the_same_test(mutation, monkeypatch):
     monkeypatch.setattr(speculative_module, "verify", mutation)
-    assert p_value(TableModel(VOCAB), Sampling(0.5), 3, samples=4000) < 1e-6
+    assert p_value(TableModel(VOCAB), Sampling(0.5), 3) < 1e-6
+
+
+def test_a_padded_row_accepts_no_more_than_it_drafted():
+    p_BTV = torch.full((2, 4, 3), 1 / 3)
+    accepted, next_BV = verify(p_BTV, p_BTV[:, :3], torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 1]))
+    assert accepted.tolist() == [3, 1]
+    torch.testing.assert_close(next_BV, torch.full((2, 3), 1 / 3))
 
 
 def test_residual_is_what_the_target_has_more_of_and_p_where_nothing_is_left():
@@ -114,7 +150,7 @@ def test_filters_keep_the_tokens_they_name():
 def test_draws_follow_the_distribution_and_never_what_is_impossible():
     p = torch.tensor([0.5, 0.0, 0.2, 0.3])
     generator = torch.Generator().manual_seed(0)
-    counts = torch.bincount(torch.tensor([draw(p, generator) for _ in range(8000)]), minlength=4) / 8000
+    counts = torch.bincount(draw(p.expand(8000, 4), generator), minlength=4) / 8000
     assert counts[1] == 0
     assert (counts - p).abs().max() < 0.02
     assert draw(sampling_module.probabilities(torch.tensor([0.0, 5.0, 4.0]), Sampling()), generator) == 1

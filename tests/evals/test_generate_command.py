@@ -36,13 +36,13 @@ def test_stats_say_what_was_accepted_how_fast_and_whether_equal(exported, capsys
     assert "accepted per cycle" in shown and "draft 4:" in shown and "times plain (medians of 3 runs in turn)" in shown
     assert "text equal to plain greedy text: yes" in shown
 
-    real = generate.continue_text
+    real = generate.continue_texts
 
-    def other_text(export, prompt, new, draft, *rest):
-        tokens, statistics = real(export, prompt, new, draft, *rest)
-        return ([0, *tokens[1:]] if draft else tokens), statistics
+    def other_text(export, prompts, new, draft, *rest):
+        texts, statistics = real(export, prompts, new, draft, *rest)
+        return ([[0, *texts[0][1:]]] if draft else texts), statistics
 
-    monkeypatch.setattr(generate, "continue_text", other_text)
+    monkeypatch.setattr(generate, "continue_texts", other_text)
     main([str(exported), "--prompt", "x", "--max-new-tokens", "16", "--stats"])
     assert "text equal to plain greedy text: NO" in capsys.readouterr().out
 
@@ -56,6 +56,9 @@ def test_stats_say_what_was_accepted_how_fast_and_whether_equal(exported, capsys
         (["--temperature", "-1"], "temperature -1.0 must be"),
         (["--top-p", "0"], "top-p 0.0 must lie"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
+        (["--draft-vocabulary", "nowhere.json"], "--draft-vocabulary nowhere.json: cannot be read"),
+        (["--draft-vocabulary", "0"], "--draft-vocabulary 0: "),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
         (["--prompt", "x" * 60], "--prompt has 61 tokens and the model's context 48; shorten the prompt"),
         (["--max-new-tokens", "47"], "a prompt of 2 tokens and 47 new ones exceed the model's context of 48"),
     ],
@@ -65,6 +68,38 @@ def test_mistakes(arguments, message, exported, capsys):
     with pytest.raises(UserError, match=message):
         main([str(exported), "--prompt", "x", *arguments])
     assert capsys.readouterr().out == ""
+
+
+def test_no_prompt(exported):
+    with pytest.raises(UserError, match="give at least one --prompt TEXT"):
+        main([str(exported)])
+
+
+def test_several_prompts_are_one_batch_of_the_same_texts(exported, tmp_path, capsys):
+    alone = []
+    for text in ("def f", "a = [1", ""):
+        main([str(exported), "--prompt", text, "--max-new-tokens", "12"])
+        alone.append(capsys.readouterr().out)
+    (tmp_path / "prompts.txt").write_text("a = [1\n\n")
+    main([str(exported), "--prompt", "def f", "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "12"])
+    expected = "".join(f"── {number}/3\n{text}" for number, text in enumerate(alone, start=1))
+    assert capsys.readouterr().out == expected
+
+
+def test_a_draft_vocabulary_changes_the_drafts_and_not_the_text(exported, tmp_path, capsys):
+    shown = []
+    (tmp_path / "ids.json").write_text("[97]")
+    for options in ([], ["--draft-vocabulary", str(tmp_path / "ids.json")]):
+        main([str(exported), "--prompt", "def f", "--max-new-tokens", "20", "--stats", *options])
+        shown.append(capsys.readouterr().out)
+    texts = [text.partition("tokens in")[0].rpartition("\n")[0] for text in shown]
+    assert texts[0] == texts[1]
+    assert all("text equal to plain greedy text: yes" in text for text in shown)
+    accepted = [text.partition("accepted per cycle")[2] for text in shown]
+    assert accepted[0] != accepted[1]
+    (tmp_path / "ids.json").write_text("[97, 99999]")
+    with pytest.raises(UserError, match="give at least one token id, each from 0 to"):
+        main([str(exported), "--prompt", "x", "--draft-vocabulary", str(tmp_path / "ids.json")])
 
 
 def test_mistakes_about_the_folder(gpt, tmp_path):

@@ -47,5 +47,5 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics that must repeat to the last digit: all but times, speed and memory."""
-    varying = {"step_seconds", "data_seconds", "tokens_per_second", "mfu", "memory_peak_bytes"}
-    return [{key: value for key, value in record.items() if key not in varying} for record in records]
+    varying = ("seconds", "tokens_per_second", "mfu", "memory_peak_bytes", "_failures")
+    return [{key: value for key, value in record.items() if not key.endswith(varying)} for record in records]

@@ -150,8 +150,12 @@ def test_a_checkpoint_says_what_it_is(runs: Path) -> None:
         ({"model.width": 96}, "model.width=96, but .* was trained with 64"),
         ({"objective.horizon": 1}, "objective.horizon=1, but .* was trained with 2"),
         ({"batch.global_sequences": 16}, "batch.global_sequences=16, but"),
-        ({"deepspeed.zero_optimization.stage": 2}, "written by 2 ranks at ZeRO stage 3"),
+        (
+            {"run.seed": 2, "model.width": 96},
+            r"run.seed=2, but .* was trained with 1; model.width was 64, is 96; set it back",
+        ),
         ({"optimizer.learning_rate": 1e-3}, None),
+        ({"deepspeed.zero_optimization.stage": 2, "batch.micro_sequences": 2}, None),
     ],
 )
 def test_going_on_as_another_run_is_refused(
@@ -172,7 +176,7 @@ def test_going_on_with_other_data_is_refused(runs: Path, tiny_data: Path, tmp_pa
     source = str(tiny_data.parent / "source")
     prepare(["--source", source, "--tokenizer", "bytes", "--validation", "0.2", "--out", str(other)])
     config = load_config(write_run_config(tmp_path, other, "zero3", {}))
-    with pytest.raises(UserError, match=r"give that data, or choose another run\.name"):
+    with pytest.raises(UserError, match=r"made with tokenizer \w{12} \(bytes\), but .* was trained with \w{12} \(sent"):
         check_same_run(open_checkpoint(runs / "zero3").path, config, open_dataset(other), Ranks(0, 2, 0, 2))
 
 

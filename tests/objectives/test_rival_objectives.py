@@ -289,3 +289,23 @@ def test_the_next_token_at_inference_is_what_the_objective_trained(objective: di
     expected, _ = losses_and_gradients(model, config, batch, pairs=pairs)
     picked = log_p[0, :5].gather(1, batch.tokens[0, 1:6, None])
     assert expected["loss_next_token"].item() == pytest.approx(-picked.mean().item(), rel=1e-10)
+
+
+def test_bfloat16_adds_gradients_up_over_many_chunks_in_float32(monkeypatch: pytest.MonkeyPatch):
+    """A thousand parts, each below the rounding of their sum: in bfloat16 it would stand still."""
+    positions, width = 1000, 8
+    generator = torch.Generator().manual_seed(0)
+    source_D, head_VD = (torch.randn(*shape, generator=generator) for shape in ((width,), (VOCAB, width)))
+    targets, weights = torch.full((1, positions), 3), torch.full((1, positions), 1 / positions)
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (source_D, head_VD)]
+        loss, _ = chunked_loss.cross_entropy_of_made_streams(
+            lambda here, source: source.expand(1, here.stop - here.start, width),
+            leaves[:1], leaves[1], targets, weights, torch.ones(1),
+        )  # fmt: skip
+        return torch.autograd.grad(loss, leaves)
+
+    monkeypatch.setattr(chunked_loss, "positions_per_chunk", lambda *shape: 1)
+    for actual, expected in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):
+        assert relative_error(actual, expected) < 2e-2

@@ -1,0 +1,130 @@
+"""`model.generate(ids, custom_generate=DIR, trust_remote_code=True, draft_length=5)`: drafting inside transformers.
+
+The exporter writes this file as DIR/custom_generate/generate.py, and beside it the modules that it imports, so that it
+runs where only transformers is installed. Texts have the distribution of plain `model.generate`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from pretrain.decoding.drafting import AdaptiveLength, DraftLength, FixedLength, draft_with_latent_dynamics
+from pretrain.decoding.dynamics_folder import load_dynamics
+from pretrain.decoding.sampling import Sampling
+from pretrain.decoding.speculative import generate_batch
+
+SETTINGS = {
+    *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "transformers_version"),
+    *("eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "early_stopping", "length_penalty"),
+}
+"""Generation settings that are followed, or mean nothing here; any other is refused."""
+
+_loaded: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def generate(
+    model: Any,
+    inputs: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    generation_config: Any = None,
+    streamer: Any = None,
+    draft_length: int | str = 4,
+    draft_vocabulary: int | None = None,
+    generator: torch.Generator | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Continue a batch of prompts.
+
+    Args:
+        model: LlamaForCausalLM of an exported folder.
+        inputs, input_ids: (B, T) token ids; shorter prompts are padded where `attention_mask` is 0.
+        attention_mask: (B, T); all ones where None.
+        generation_config: as in transformers; or its settings by name.
+        streamer: for one prompt.
+        draft_length: tokens drafted per cycle, or "auto".
+        draft_vocabulary: draft only so many of the training data's most frequent tokens; None for all.
+        generator: of the random numbers; torch's own where None.
+        settings: max_new_tokens, do_sample, temperature, top_k, top_p, eos_token_id, pad_token_id.
+
+    Returns:
+        (B, T + N) prompts and new tokens, padded after a text's end.
+
+    Raises ValueError for what is not supported.
+    """
+    ids_BT = input_ids if input_ids is not None else inputs
+    if ids_BT is None:
+        raise ValueError("give input_ids, (batch, tokens)")
+    if draft_length != "auto" and not (isinstance(draft_length, int) and draft_length >= 1):
+        raise ValueError(f"draft_length={draft_length!r}: give at least 1 or 'auto'; or leave out custom_generate")
+    if streamer is not None and len(ids_BT) != 1:
+        raise ValueError("a streamer shows one text; give one prompt")
+    config = _settings(model, generation_config, settings)
+    mask_BT = attention_mask if attention_mask is not None else torch.ones_like(ids_BT)
+    prompts = [row[kept].tolist() for row, kept in zip(ids_BT, mask_BT.bool(), strict=True)]
+    pad = config.pad_token_id if config.pad_token_id is not None else _only_eos(config)
+    if streamer is not None:
+        streamer.put(ids_BT.cpu())
+    length: DraftLength = AdaptiveLength() if isinstance(draft_length, str) else FixedLength(draft_length)
+    texts, _ = generate_batch(
+        model,
+        prompts,
+        config.max_new_tokens or config.max_length - ids_BT.shape[1],
+        eos_id=_only_eos(config),
+        draft_step=_draft_step(model, draft_vocabulary),
+        draft_length=length,
+        sampling=Sampling(config.temperature, config.top_k or None, config.top_p) if config.do_sample else Sampling(),
+        generator=generator,
+        on_tokens=None if streamer is None else lambda _, new: streamer.put(torch.tensor(new)),
+    )
+    if streamer is not None:
+        streamer.end()
+    longest = max(map(len, texts))
+    new_BN = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=ids_BT.device)
+    return torch.cat([ids_BT, new_BN], dim=1)
+
+
+def _settings(model: Any, given: Any, settings: dict[str, Any]) -> Any:
+    """The GenerationConfig that transformers' own `generate` would follow. ValueError for what cannot be followed."""
+    config, others = model._prepare_generation_config(given, **settings)
+    defaults = config._get_default_generation_params()
+    unsupported = [
+        *(key for key, value in others.items() if value not in (None, False, [])),
+        *(k for k, v in config.to_diff_dict().items() if k not in SETTINGS and v != defaults.get(k)),
+    ]
+    if unsupported:
+        raise ValueError(f"{unsupported[0]}: not supported with drafts; leave out it or custom_generate")
+    return config
+
+
+def _only_eos(config: Any) -> int | None:
+    eos = config.eos_token_id
+    if isinstance(eos, list | tuple):
+        if len(eos) > 1:
+            raise ValueError(f"eos_token_id={list(eos)}: drafting knows one end token; give one")
+        return eos[0]
+    return eos
+
+
+def _draft_step(model: Any, vocabulary_size: int | None) -> Any:
+    """p_ψ beside the model's weights, loaded at its first use."""
+    from transformers.utils import cached_file
+
+    source = model.name_or_path
+    if model not in _loaded:
+        for name in ("nextlat/config.json", "nextlat/model.safetensors"):
+            folder = Path(cached_file(source, name)).parent
+        dynamics = load_dynamics(folder, model.dtype)
+        assert dynamics is not None
+        _loaded[model] = dynamics.to(model.device)
+    ids = None
+    if vocabulary_size is not None:
+        ranks = Path(cached_file(source, "nextlat/tokens_by_frequency.json"))
+        ids = json.loads(ranks.read_text(encoding="utf-8"))[:vocabulary_size]
+    return draft_with_latent_dynamics(model, _loaded[model], ids)

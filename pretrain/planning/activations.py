@@ -1,0 +1,107 @@
+"""The memory of one micro-batch, found by running the model itself on the meta device: shapes, and no numbers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pretrain.config import Config
+from pretrain.model import PretrainingModel, parameter_counts
+from pretrain.objectives import TokenBatch
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a run's model is, in numbers."""
+
+    parameters: int
+    """In training, with the objective's modules."""
+    small_parameters: int
+    """Those of tensors that ZeRO-3 keeps whole on each rank, at its default threshold of 100,000 elements."""
+    activation_bytes: int
+    """What the trunk keeps of a micro-batch for the backward pass."""
+    loss_bytes: int
+    """What objective and head add to that at their peak: rollouts, a chunk of logits, the head's gradient."""
+
+
+def model_sizes(config: Config, vocab_size: int, dtype: torch.dtype) -> ModelSizes:
+    """Build the model without storage, and count what a forward pass keeps, and holds at its peak."""
+    B, T = config.batch.micro_sequences, config.data.sequence_length
+    with torch.device("meta"):
+        model = PretrainingModel(config, vocab_size).to(dtype)
+        numbers = torch.zeros(B, T + 1, dtype=torch.long)
+        batch = TokenBatch(numbers, numbers, numbers, torch.ones(B, T + 1, dtype=torch.bool))
+        counts = model.objective.valid_counts(batch)
+        with gpu_kernels(), LiveBytes() as live:
+            states = model.trunk_states(batch)
+            activations = live.now
+            model.objective(states, batch, model.lm_head, counts)
+    small = sum(p.numel() for p in model.parameters() if p.numel() < 100_000)
+    return ModelSizes(parameter_counts(model)["training"], small, activations, live.highest - activations)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.highest = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, and count the storage of what it makes."""
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.now += size
+            self.highest = max(self.highest, self.now)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """Attention and RMSNorm keep what their fused GPU kernels keep, not what the meta device's plain formulas would."""
+    attention, norm = F.scaled_dot_product_attention, F.rms_norm
+    setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v))  # noqa: B010
+    setattr(F, "rms_norm", lambda x, shape, weight, eps: _Norm.apply(x, weight))  # noqa: B010
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.rms_norm = attention, norm
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+        out_BHTC = torch.empty_like(q_BHTC)
+        ctx.save_for_backward(q_BHTC, k_BKTC, v_BKTC, out_BHTC, q_BHTC.new_empty(q_BHTC.shape[:-1], dtype=torch.float))
+        return out_BHTC
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float))
+        return torch.empty_like(x)

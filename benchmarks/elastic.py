@@ -127,7 +127,7 @@ def start(ranks: int, runs: list[str]) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = os.environ | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": port}
-    shared |= {"MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.elastic", "--train", *runs]
     children = [
         subprocess.Popen(command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.DEVNULL)

@@ -102,8 +102,9 @@ def pack_split(dataset: Dataset, split_name: str, sequence_length: int) -> dict[
     split = dataset.split(split_name)
     if sequence_length < 1:
         raise UserError(f"--sequence-length {sequence_length}: give 1 or more")
-    if dataset.remote or dataset.foreign:
-        raise UserError(f"{dataset.path}: packing is written beside the shards: copy or prepare the data set first")
+    _check_local(dataset)
+    if split.has_labels:
+        raise UserError(f"{dataset.path}: its tokens have labels, which packing does not keep: read it end to end")
     if not split.documents:
         raise UserError(f"the {split_name} split has no documents: nothing to pack")
     lengths = np.diff(split.document_starts, append=split.tokens)
@@ -136,6 +137,11 @@ def pack_split(dataset: Dataset, split_name: str, sequence_length: int) -> dict[
     }
     write_json(folder / "packing.json", record)
     return record
+
+
+def _check_local(dataset: Dataset) -> None:
+    if dataset.remote or dataset.foreign:
+        raise UserError(f"{dataset.path}: packing is kept beside a local set's shards: copy or prepare the data first")
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,7 @@ def _until_next(segments: Segments, size: int) -> Segments:
 
 def open_packed(dataset: Dataset, split_name: str, *, seed: int, sequence_length: int) -> PackedSamples:
     """The packing that `best_fit` recorded. Raises UserError if there is none, or it is not of this data."""
+    _check_local(dataset)
     folder = dataset.path / "packing" / f"{split_name}-{sequence_length}"
     command = f"python -m data_pipeline.best_fit {dataset.path} --sequence-length {sequence_length}"
     try:

@@ -79,8 +79,6 @@ def open_source(spec: str, fields: Fields = Fields()) -> Source:
         return _standard_library()
     if kind == "hub":
         return _hub(rest, fields)
-    if kind == "task":
-        raise UserError(f"source {spec}: no such task exists: give stdlib, a path or URL of text files, or hub:NAME")
     return _files(spec, fields)
 
 

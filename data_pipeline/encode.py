@@ -12,23 +12,32 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import Progress
 
 from data_pipeline.claim import WORK, read_json
 from data_pipeline.documents import Document, Source
 from data_pipeline.errors import UserError
 from data_pipeline.shards import SPLITS, write_json, write_shard
+from data_pipeline.tasks import Task
+from data_pipeline.tasks.randomness import random_bits
 from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import is_validation
 from data_pipeline.workers import Workers
 
+SHARD_SAMPLES = 1 << 14  # of a task
+VALIDATION = 99  # the purpose of a task's random bits that choose the validation split
+
 
 @dataclass(frozen=True)
 class Shard:
-    """The documents of one task. sha256: of all their text, by which a later run knows them again."""
+    """The documents of one shard. sha256: of all their text, by which a later run knows them again.
+
+    texts: of a task, the places of its samples.
+    """
 
     number: int
-    texts: dict[str, list[str]]
+    texts: dict[str, list[Any]]
     names: dict[str, list[str]]
     text_bytes: dict[str, int]
     source_bytes: int
@@ -43,15 +52,19 @@ def encode_all(
     workers: int,
     bar: Progress,
     is_ours: Callable[[int], bool],
+    task: Task | None = None,
 ) -> tuple[dict[int, dict[str, Any]], Counter[str], int]:
     """Write every shard of ours that is not finished.
 
-    Returns the records of ours by shard number, what was skipped in the source, and how many shards there are in all.
+    task: whose samples are made, where the source is one. Returns the records of ours by shard number, what was skipped in the source, and how many shards there are in all.
     """
     skipped: Counter[str] = Counter()
     documents = islice(source.read(skipped), settings["limit"])
-    grouped = _group(iter(documents), source.root, settings["validation"], settings["shard_bytes"])
-    task = bar.add_task("documents → shards", total=source.total_bytes, rates="")
+    if task:
+        grouped = _group_samples(task, settings["validation"], settings["limit"])
+    else:
+        grouped = _group(iter(documents), source.root, settings["validation"], settings["shard_bytes"])
+    shown = bar.add_task("documents → shards", total=source.total_bytes, rates="")
     records: dict[int, dict[str, Any]] = {}
     count = 0
 
@@ -62,10 +75,10 @@ def encode_all(
             if is_ours(shard.number):
                 yield shard
             else:
-                bar.advance(task, shard.source_bytes)
+                bar.advance(shown, shard.source_bytes)
 
     shards, began = ours(), time.monotonic()
-    with Workers(tokenizer, workers) as processes, ThreadPoolExecutor(workers) as threads:
+    with Workers(tokenizer, workers, task) as processes, ThreadPoolExecutor(workers) as threads:
         running: dict[Future[dict[str, Any]], Shard] = {}
         try:
             while True:
@@ -77,10 +90,10 @@ def encode_all(
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     shard = running.pop(future)
                     records[shard.number] = future.result()
-                    bar.update(task, advance=shard.source_bytes, rates=_rates(records, began))
+                    bar.update(shown, advance=shard.source_bytes, rates=_rates(records, began))
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
-    bar.update(task, completed=source.total_bytes or 0)
+    bar.update(shown, completed=source.total_bytes or 0)
     return records, skipped, count
 
 
@@ -112,8 +125,10 @@ def _encode_shard(folder: Path, workers: Workers, shard: Shard) -> dict[str, Any
                 shard.number,
                 encoded.tokens,
                 encoded.document_starts,
+                encoded.prompt_lengths,
                 text_bytes=shard.text_bytes[split],
-                names=shard.names[split],
+                names=shard.names.get(split),
+                labels=encoded.labels,
             )
     record = {"sha256": shard.sha256, "shards": entries, "seconds": seconds}
     write_json(path, record)
@@ -123,6 +138,16 @@ def _encode_shard(folder: Path, workers: Workers, shard: Shard) -> dict[str, Any
 def _is_whole(folder: Path, file: dict[str, Any]) -> bool:
     path = folder / file["file"]
     return path.is_file() and path.stat().st_size == file["bytes"]
+
+
+def _group_samples(task: Task, validation: float, limit: int | None) -> Iterator[Shard]:
+    """The samples of a task, so many to a shard; which are of the validation split is drawn for each."""
+    count = min(task.count, limit or task.count)
+    for number, first in enumerate(range(0, count, SHARD_SAMPLES)):
+        places = np.arange(first, min(first + SHARD_SAMPLES, count))
+        drawn = random_bits(task.seed, places, 1, VALIDATION)[:, 0] < validation * 2.0**64
+        texts = {"train": places[~drawn].tolist(), "validation": places[drawn].tolist()}
+        yield Shard(number, texts, {}, dict.fromkeys(SPLITS, 0), len(places), f"{task.identity} {first} {len(places)}")
 
 
 def _group(documents: Iterator[Document], root: str, validation: float, shard_bytes: int) -> Iterator[Shard]:

@@ -18,6 +18,8 @@ from data_pipeline.errors import UserError
 
 # Weights are integers out of this many; also the number of samples after which an endless phase repeats itself.
 WHOLE = 1 << 40
+# Samples of a phase, so that its arithmetic is exact in 64 bits.
+MOST = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Mixture:
         starts, bases, parts = [0], [np.zeros(self.sources, np.int64)], []
         exact = np.zeros(self.sources)  # what each source should have had before the phase
         for phase in self.phases:
-            weights = np.array(phase.weights) / sum(phase.weights)
+            weights = normalised(phase.weights)
             if phase.samples is None:
                 parts.append(largest_remainder(weights * WHOLE, WHOLE))
                 break
@@ -84,6 +86,8 @@ def by_epochs(epochs: Sequence[float], samples: Sequence[int]) -> Mixture:
     if len(epochs) != len(samples) or not all(number >= 0 for number in epochs):
         raise UserError(f"epochs {list(epochs)}: give a number of 0 or more for each source")
     parts = tuple(round(number * size) for number, size in zip(epochs, samples, strict=True))
+    if not sum(parts):
+        raise UserError(f"epochs {list(epochs)}: less than one sample together: give more")
     return by_phases([Phase(tuple(float(part) for part in parts), sum(parts))] * 2)
 
 
@@ -92,10 +96,10 @@ def by_phases(phases: Sequence[Phase]) -> Mixture:
     for phase in phases:
         if len(phase.weights) != len(phases[0].weights):
             raise UserError(f"weights {list(phase.weights)}: every phase must name every source")
-        if not all(0 <= weight < float("inf") for weight in phase.weights) or not sum(phase.weights) > 0:
+        if not all(0 <= weight < float("inf") for weight in phase.weights) or not max(phase.weights, default=0) > 0:
             raise UserError(f"weights {list(phase.weights)}: give numbers of 0 or more, at least one above 0")
-        if phase.samples is not None and phase.samples < 1:
-            raise UserError(f"a phase of {phase.samples} samples: give 1 or more")
+        if phase.samples is not None and not 1 <= phase.samples < MOST:
+            raise UserError(f"a stretch of {phase.samples:,} samples: give 1 or more, and fewer than {MOST:,}")
     if not phases or any(phase.samples is None for phase in phases[:-1]):
         raise UserError("a schedule of weights needs a length for every phase but the last")
     return Mixture((*phases[:-1], Phase(phases[-1].weights)))
@@ -103,11 +107,17 @@ def by_phases(phases: Sequence[Phase]) -> Mixture:
 
 def anneal(start: Sequence[float], end: Sequence[float], samples: int, steps: int = 64) -> list[Phase]:
     """Weights that move from `start` to `end` over so many samples, in `steps` equal phases."""
-    a, b = np.array(start) / sum(start), np.array(end) / sum(end)
+    a, b = normalised(start), normalised(end)
     borders = [samples * step // steps for step in range(steps + 1)]
     middles = [(step + 0.5) / steps for step in range(steps)]
     phases = zip(middles, np.diff(borders).tolist(), strict=True)
     return [Phase(tuple((a + (b - a) * middle).tolist()), length) for middle, length in phases if length]
+
+
+def normalised(weights: Sequence[float]) -> NDArray[np.float64]:
+    """Weights that add up to 1, also where their sum is beyond floating point: (sources,)."""
+    scaled = np.array(weights, np.float64) / max(weights)
+    return np.asarray(scaled / scaled.sum())
 
 
 def largest_remainder(shares: NDArray[np.float64], total: int) -> NDArray[np.int64]:

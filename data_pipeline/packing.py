@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 # Makes an array of a shape and type; the trainer may give one that makes page-locked ("pinned") memory.
 Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]
+# What stands where there is no token, in each of a batch's arrays.
+PADDING = (0, -1, 0, False, 0)
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,18 @@ class Batch:
     document_ids  (B, T+1) int32   0, 1, 2, … counted within each row; −1 where padding
     positions     (B, T+1) int32   since the document's EOS, or since the row's first column
     target_mask   (B, T+1) bool    whether the token may be a target: False for prompt tokens and padding
+    labels        (B, T+1) int64   what each token is to be answered with; None where that is the next token
     """
 
     tokens: NDArray[np.int64]
     document_ids: NDArray[np.int32]
     positions: NDArray[np.int32]
     target_mask: NDArray[np.bool_]
+    labels: NDArray[np.int64] | None = None
 
     def rows(self, a: int, b: int) -> Batch:
         """Rows a … b−1, as views."""
-        return Batch(self.tokens[a:b], self.document_ids[a:b], self.positions[a:b], self.target_mask[a:b])
+        return Batch(*(array[a:b] for array in arrays(self)))
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def scatter(
 ) -> Batch:
     """A batch of `total` rows: those of each part go to the rows named for it; what is left is padding."""
     whole = Batch(*(allocate((total, array.shape[1]), array.dtype) for array in arrays(parts[0])))
-    for target, padding in zip(arrays(whole), (0, -1, 0, False), strict=True):
+    for target, padding in zip(arrays(whole), PADDING, strict=False):
         if sum(map(len, rows)) < total:
             target[...] = padding
     for part, places in zip(parts, rows, strict=True):
@@ -132,8 +136,9 @@ def scatter(
 
 
 def arrays(batch: Batch) -> tuple[NDArray[Any], ...]:
-    """The batch's four arrays, in the order of its fields."""
-    return batch.tokens, batch.document_ids, batch.positions, batch.target_mask
+    """The batch's four arrays, and its labels where it has any, in the order of its fields."""
+    labels = () if batch.labels is None else (batch.labels,)
+    return batch.tokens, batch.document_ids, batch.positions, batch.target_mask, *labels
 
 
 def join(batches: Sequence[Batch]) -> Batch:
@@ -144,9 +149,5 @@ def join(batches: Sequence[Batch]) -> Batch:
 def pad(batch: Batch, rows: int, length: int) -> Batch:
     """The batch filled up with padding at the right and below, to `rows` rows of `length` tokens."""
     missing = ((0, rows - batch.tokens.shape[0]), (0, length - batch.tokens.shape[1]))
-    return Batch(
-        np.pad(batch.tokens, missing),
-        np.pad(batch.document_ids, missing, constant_values=-1),
-        np.pad(batch.positions, missing),
-        np.pad(batch.target_mask, missing),
-    )
+    filled = zip(arrays(batch), PADDING, strict=False)
+    return Batch(*(np.pad(array, missing, constant_values=value) for array, value in filled))

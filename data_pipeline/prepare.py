@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import platform
 import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy
-import sentencepiece
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -35,11 +35,12 @@ from rich.progress import (
 from rich.table import Table
 
 from data_pipeline.claim import PART, WORK, already_complete, claim, part_already_complete
-from data_pipeline.documents import Fields, open_source
+from data_pipeline.documents import Fields, Source, open_source
 from data_pipeline.encode import encode_all
 from data_pipeline.errors import UserError, run_command
 from data_pipeline.filters import Filters
 from data_pipeline.shards import FORMAT, MANIFEST, SPLITS, Dataset, open_dataset, write_json, write_manifest
+from data_pipeline.tasks import Task, open_task
 from data_pipeline.vocabulary import provide_tokenizer, tokenizer_identity
 
 NO_FILTERS = Filters()
@@ -48,7 +49,7 @@ SHARD_BYTES = 4 << 20
 
 def prepare(
     source: str,
-    tokenizer: str,
+    tokenizer: str | None,
     out: str | os.PathLike[str],
     *,
     workers: int | None = None,
@@ -63,8 +64,8 @@ def prepare(
 ) -> Dataset | None:
     """Prepare a data set in `out`, or go on with one that was stopped, or return it if it is complete.
 
-    workers: processes that encode, by default one for each core. field: of records that holds the text.
-    validation: fraction of documents, chosen by content hash. limit: first documents only. shard_bytes: text in a
+    tokenizer: None for a task, which has a vocabulary of its own. workers: processes that encode, by default one for
+    each core. field: of records that holds the text. validation: fraction of documents, chosen by content hash. limit: first documents only. shard_bytes: text in a
     shard. invalid: "error", or "skip" to leave out and count records that are not text. part: "i/n" to make the
     i-th of n parts, in which case there is no data set yet and None is returned. Raises UserError for whatever a
     user can mend; what is finished stays for the next run.
@@ -75,10 +76,15 @@ def prepare(
     filters.check()
     part_number, parts = _parse_part(part)
     folder = Path(out)
-    documents = open_source(source, Fields(field, filters.language_field, invalid == "skip"))
-    unfiltered = documents.read
-    documents = replace(documents, read=lambda skipped: filters.apply(unfiltered(skipped), skipped))
-    kind, file = tokenizer_identity(tokenizer)
+    task = _open_task(source, tokenizer, filters)
+    if task:
+        documents = Source(task.identity, min(task.count, limit or task.count), lambda _: iter(()))
+        kind, file = hashlib.sha256(task.vocabulary.tokenizer_json()).hexdigest(), None
+    else:
+        documents = open_source(source, Fields(field, filters.language_field, invalid == "skip"))
+        unfiltered = documents.read
+        documents = replace(documents, read=lambda skipped: filters.apply(unfiltered(skipped), skipped))
+        kind, file = tokenizer_identity(tokenizer or "")
     settings = {
         "format": FORMAT,
         "source": documents.identity,
@@ -97,14 +103,16 @@ def prepare(
     with claim(folder, claimed):
         bar = _progress(console)
         with bar:
-            made = provide_tokenizer(folder, file or tokenizer, documents, validation, limit, bar)
+            made = provide_tokenizer(folder, task or file or tokenizer or "", documents, validation, limit, bar)
             records, skipped, count = encode_all(
-                folder, made, documents, settings, workers, bar, lambda number: number % parts == part_number
+                folder, made, documents, settings, workers, bar, lambda number: number % parts == part_number, task
             )
         if not count:
             shutil.rmtree(folder / WORK)
             raise UserError(f"source {source}: it has no text at all: check --source and --field, and the filters")
         about = {"settings": settings, "source": source, "skipped": dict(skipped), "software": _software()}
+        if task:
+            about["task"] = task.spec
         if part:
             by_number = {str(number): record for number, record in records.items()}
             write_json(folder / PART, {"part": part, "count": count, "records": by_number, "about": about})
@@ -123,6 +131,19 @@ def collect_shards(records: Mapping[int, Mapping[str, Any]]) -> dict[str, list[d
     """The shards' entries of each split, in stream order, from the records of all tasks."""
     ordered = [records[number]["shards"] for number in sorted(records)]
     return {split: [shards[split] for shards in ordered if split in shards] for split in SPLITS}
+
+
+def _open_task(source: str, tokenizer: str | None, filters: Filters) -> Task | None:
+    """The task that the source names, if it does. Raises UserError for options that do not go with the source."""
+    if not source.startswith("task:"):
+        if tokenizer is None:
+            raise UserError("--tokenizer: give a .model or .json file, train:sentencepiece:VOCAB, or bytes")
+        return None
+    if tokenizer is not None:
+        raise UserError(f"--tokenizer {tokenizer}: {source} has a vocabulary of its own: leave --tokenizer out")
+    if filters != NO_FILTERS:
+        raise UserError(f"{source}: filters are for text: leave them out")
+    return open_task(source.removeprefix("task:"))
 
 
 def _parse_part(part: str | None) -> tuple[int, int]:
@@ -168,11 +189,17 @@ def _progress(console: Console) -> Progress:
 
 
 def _software() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "sentencepiece": sentencepiece.__version__,
-    }
+    """The versions of what the bytes of a data set may depend on."""
+    packages = ("numpy", "sentencepiece", "tokenizers", "pyarrow", "datasets", "py3langid")
+    installed = {name: version for name in packages if (version := _version(name))}
+    return {"python": platform.python_version()} | installed
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _summary(dataset: Dataset, records: Mapping[int, Mapping[str, Any]], skipped: Counter[str]) -> Table:
@@ -204,10 +231,12 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m data_pipeline.prepare", description="Turn documents into a data set of token shards."
     )
     parser.add_argument(
-        "--source", required=True, help="stdlib, a path, glob or fsspec URL, or hub:NAME[:CONFIG[:SPLIT]]"
+        "--source",
+        required=True,
+        help="stdlib, a path, glob or fsspec URL, hub:NAME[:CONFIG[:SPLIT]], or task:NAME,key=value,…",
     )
     parser.add_argument(
-        "--tokenizer", required=True, help="a .model or .json file, train:sentencepiece:VOCAB, or bytes"
+        "--tokenizer", help="a .model or .json file, train:sentencepiece:VOCAB, or bytes; none for a task"
     )
     parser.add_argument("--out", required=True, help="folder of the data set; the same command again goes on with it")
     parser.add_argument("--workers", type=int, help="processes that encode (default: one for each core)")

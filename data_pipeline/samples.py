@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -124,9 +124,13 @@ def read_windows(
     """
     tokens = allocate((len(starts), length), np.int64)
     split.windows(starts, length, tokens)
-    if with_documents or split.has_prompts:
-        return pack(tokens, split, starts, allocate)
-    return as_one_document(tokens, allocate)
+    told_apart = with_documents or split.has_prompts
+    batch = pack(tokens, split, starts, allocate) if told_apart else as_one_document(tokens, allocate)
+    if not split.has_labels:
+        return batch
+    labels = allocate((len(starts), length), np.int64)
+    split.windows(starts, length, labels, "labels")
+    return replace(batch, labels=labels)
 
 
 def window_samples(

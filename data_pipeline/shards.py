@@ -3,10 +3,12 @@
 DIR/manifest.json             written last: a folder without it is not a data set
 DIR/tokenizer.model|.json     the tokenizer (none for `bytes`)
 DIR/{train,validation}/
-    00000.tokens              little-endian uint16, or uint32 for a vocabulary above 65,536; each document is
-                              [EOS, tokens…]
+    00000.tokens              little-endian uint8, uint16 or uint32, the smallest that holds the vocabulary; each
+                              document is [EOS, tokens…]
     00000.documents           int64: where each document begins in the shard, at its EOS
     00000.prompts             optional, uint32: tokens of each document, after its EOS, that are never targets
+    00000.labels              optional, in the tokens' type: what each token is to be answered with, where that is
+                              not the next token
     00000.names               optional, text: a line for each document, where it comes from
 """
 
@@ -34,8 +36,8 @@ MANIFEST = "manifest.json"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest of the two token types that holds ids below vocab_size."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    """The smallest unsigned type that holds ids below vocab_size."""
+    return np.min_scalar_type(max(vocab_size - 1, 0)).newbyteorder("<")
 
 
 # ---- writing
@@ -93,16 +95,19 @@ def write_shard(
     *,
     text_bytes: int,
     names: list[str] | None = None,
+    labels: NDArray[Any] | None = None,
 ) -> dict[str, Any]:
     """Write one shard of a split below `folder`; returns its entry for the manifest.
 
     tokens: (N,) of token_dtype, each document opened by EOS. document_starts: (D,) offsets into tokens.
     prompt_lengths: (D,) or None. text_bytes: UTF-8 bytes of the documents' text. names: where each document comes
-    from, a line each. Raises UserError on a full disk.
+    from, a line each. labels: (N,) token ids, or None. Raises UserError on a full disk.
     """
     parts: dict[str, NDArray[Any]] = {"tokens": tokens, "documents": document_starts.astype("<i8")}
     if prompt_lengths is not None:
         parts["prompts"] = prompt_lengths.astype("<u4")
+    if labels is not None:
+        parts["labels"] = labels.astype(tokens.dtype)
     contents = {kind: np.ascontiguousarray(array).tobytes() for kind, array in parts.items()}
     if names is not None:
         contents["names"] = "".join(f"{name}\n" for name in names).encode()

@@ -79,10 +79,10 @@ class Split:
     remote: bool = False
     whole_index: bool = True
 
-    def read(self, start: int, stop: int) -> NDArray[Any]:
+    def read(self, start: int, stop: int, kind: str = "tokens") -> NDArray[Any]:
         """Tokens start … stop−1 of the stream, (stop − start,) of the type on disk; a view within one shard.
 
-        Raises IndexError outside 0 … tokens.
+        kind: "tokens", or "labels" for their labels. Raises IndexError outside 0 … tokens.
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} … {stop} of a split of {self.tokens}")
@@ -91,27 +91,27 @@ class Split:
         while start < stop:
             offset, end = self._offsets[shard], min(stop, self._offsets[shard + 1])
             if end > start:
-                parts.append(self.file(shard, "tokens")[start - offset : end - offset])
+                parts.append(self.file(shard, kind)[start - offset : end - offset])
             start, shard = end, shard + 1
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, self.dtype)
 
-    def windows(self, starts: NDArray[np.int64], length: int, out: NDArray[np.int64]) -> None:
-        """Copy tokens s … s + length − 1 into a row of `out` (B, length) for each s in `starts` (B,)."""
+    def windows(self, starts: NDArray[np.int64], length: int, out: NDArray[np.int64], kind: str = "tokens") -> None:
+        """Copy tokens (or labels: see read) s … s + length − 1 into a row of `out` for each s in `starts`."""
         if not len(starts):
             return
         if not 0 <= starts.min() <= starts.max() <= self.tokens - length:
             raise IndexError(f"a window of {length} tokens outside a split of {self.tokens}")
         if len(self.shards) == 1:
-            out[...] = sliding_window_view(self.file(0, "tokens"), length)[starts]
+            out[...] = sliding_window_view(self.file(0, kind), length)[starts]
             return
         shards = self.shard_of(starts)
         places = starts - self.shard_starts[shards]
         for row, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
-            window = self.file(shard, "tokens")[place : place + length]
+            window = self.file(shard, kind)[place : place + length]
             if len(window) < length:  # it runs on into the next shard
-                window = self.read(int(starts[row]), int(starts[row]) + length)
+                window = self.read(int(starts[row]), int(starts[row]) + length, kind)
             out[row] = window
 
     def shard_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -145,6 +145,11 @@ class Split:
     def has_prompts(self) -> bool:
         """Whether any document has tokens that are given and never targets."""
         return any("prompts" in shard["files"] for shard in self.shards)
+
+    @cached_property
+    def has_labels(self) -> bool:
+        """Whether tokens are answered with labels of their own, and not with the next token."""
+        return any("labels" in shard["files"] for shard in self.shards)
 
     @cached_property
     def prompt_lengths(self) -> NDArray[np.int64] | None:

@@ -92,13 +92,15 @@ def _check_shard(dataset: Dataset, split: Split, number: int) -> None:
     if not dataset.foreign and (starts[:1].tolist() != [0] or not np.array_equal(eos, starts)):
         what = "its document starts are not where the end-of-text tokens are, the first of them at 0"
         raise _broken(dataset, shard["files"]["documents"], what)
+    if "labels" in shard["files"] and (split.file(number, "labels") >= dataset.vocab_size).any():
+        raise _broken(dataset, shard["files"]["labels"], f"a label outside the vocabulary of {dataset.vocab_size}")
     lengths = np.diff(starts, append=len(tokens))
     if "prompts" in shard["files"] and (split.file(number, "prompts") > lengths - 1).any():
         raise _broken(dataset, shard["files"]["prompts"], "a prompt is longer than its document")
 
 
 def _expected(shard: Mapping[str, Any], kind: str) -> int:
-    return int(shard["tokens" if kind == "tokens" else "documents"])
+    return int(shard["tokens" if kind in ("tokens", "labels") else "documents"])
 
 
 def _scan(tokens: NDArray[Any], vocab_size: int, eos_id: int) -> tuple[int | None, NDArray[np.int64]]:

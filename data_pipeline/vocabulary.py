@@ -14,6 +14,7 @@ from rich.progress import Progress
 from data_pipeline.documents import Source
 from data_pipeline.errors import UserError
 from data_pipeline.shards import write_file
+from data_pipeline.tasks import Task
 from data_pipeline.tokenizers import Tokenizer, load_tokenizer, tokenizer_file, train_sentencepiece
 
 SAMPLE_BYTES = 8 << 20  # text that a vocabulary is trained on; four times as much improves bytes per token by < 1%
@@ -44,9 +45,15 @@ def _vocabulary_to_train(spec: str) -> int:
 
 
 def provide_tokenizer(
-    folder: Path, spec: str, source: Source, validation: float, limit: int | None, bar: Progress
+    folder: Path, spec: str | Task, source: Source, validation: float, limit: int | None, bar: Progress
 ) -> Tokenizer:
-    """The tokenizer that the data set keeps: copied into its folder, or trained there unless that is done."""
+    """The tokenizer that the data set keeps: copied into its folder, or trained there unless that is done.
+
+    spec: of a tokenizer, or the task whose vocabulary it is.
+    """
+    if isinstance(spec, Task):
+        write_file(folder / "tokenizer.json", spec.vocabulary.tokenizer_json())
+        return load_tokenizer(folder / "tokenizer.json", eos_id=spec.vocabulary.eos_id)
     if spec == "bytes":
         return load_tokenizer(spec)
     if not spec.startswith("train:"):

@@ -1,9 +1,9 @@
-"""Processes that turn text into tokens.
+"""Processes that turn text into tokens, or make the samples of a task.
 
-Each is `python -m data_pipeline.workers TOKENIZER EOS`, which answers pickled lists of texts on its standard
-input with arrays on its standard output. It runs no code of the calling program (multiprocessing would import
-the caller's main module again) and touches no file but the tokenizer's, so that killing anything at any
-instant leaves no writer.
+Each is `python -m data_pipeline.workers TOKENIZER EOS` or `… task:SPEC EOS`, which answers pickled lists of texts, or
+of samples' places, on its standard input with arrays on its standard output. It runs no code of the calling program
+(multiprocessing would import the caller's main module again) and touches no file but the tokenizer's, so that killing
+anything at any instant leaves no writer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import UserError
 from data_pipeline.shards import token_dtype
+from data_pipeline.tasks import Task, open_task
 from data_pipeline.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -33,12 +34,14 @@ class Encoded(NamedTuple):
     """Documents laid end to end.
 
     tokens: (N,) in the type on disk, each document opened by EOS. document_starts: (D,) int64. seconds: of
-    encoding.
+    encoding. prompt_lengths: (D,), and labels: (N,), or None; see shards.py.
     """
 
     tokens: NDArray[Any]
     document_starts: NDArray[np.int64]
     seconds: float
+    prompt_lengths: NDArray[np.uint32] | None = None
+    labels: NDArray[Any] | None = None
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
@@ -54,15 +57,27 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
     return Encoded(tokens, starts[:-1], time.perf_counter() - began)
 
 
+def make_samples(task: Task, numbers: Sequence[int]) -> Encoded:
+    """The samples of a task at these places of its split."""
+    began = time.perf_counter()
+    made = task.numbered(np.asarray(numbers, np.int64))
+    dtype = token_dtype(task.vocabulary.size)
+    prompts = made.prompt_lengths.astype(np.uint32) if made.prompt_lengths.any() else None
+    labels = None if made.labels is None else made.labels.astype(dtype)
+    return Encoded(made.tokens.astype(dtype), made.starts, time.perf_counter() - began, prompts, labels)
+
+
 class Workers:
     """`count` processes that encode; with one, the work is done in the calling process. A context manager.
 
-    encode may be called by `count` threads at a time; each of them gets a process of its own.
+    encode may be called by `count` threads at a time; each of them gets a process of its own. task: whose samples are
+    made, where there are no texts.
     """
 
-    def __init__(self, tokenizer: Tokenizer, count: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, count: int, task: Task | None = None) -> None:
         self.tokenizer = tokenizer
         self.count = count
+        self.task = task
         self._local = threading.local()
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -78,10 +93,10 @@ class Workers:
                     with suppress(BrokenPipeError):  # what was not sent to a process that died
                         pipe.close()
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """encode_documents in a worker. Raises UserError if that dies, RuntimeError if it fails."""
+    def encode(self, texts: Sequence[Any]) -> Encoded:
+        """encode_documents, or make_samples, in a worker. Raises UserError if that dies, RuntimeError if it fails."""
         if self.count == 1:
-            return encode_documents(self.tokenizer, texts)
+            return make_samples(self.task, texts) if self.task else encode_documents(self.tokenizer, texts)
         process = self._process()
         assert process.stdin and process.stdout
         try:
@@ -101,6 +116,7 @@ class Workers:
         if not hasattr(self._local, "process"):
             tokenizer = self.tokenizer
             spec = str(tokenizer.path.resolve()) if tokenizer.path else "bytes"
+            spec = f"task:{self.task.spec}" if self.task else spec
             package_root = str(Path(__file__).resolve().parents[1])
             paths = [package_root, os.environ.get("PYTHONPATH", "")]
             self._local.process = subprocess.Popen(
@@ -119,14 +135,19 @@ def main(spec: str, eos_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller decides
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # whatever a library prints must not end up among the answers
-    tokenizer = load_tokenizer(spec, eos_id=eos_id)
+    if spec.startswith("task:"):
+        task = open_task(spec.removeprefix("task:"))
+        encode: Callable[[Any], Encoded] = lambda numbers: make_samples(task, numbers)  # noqa: E731
+    else:
+        tokenizer = load_tokenizer(spec, eos_id=eos_id)
+        encode = lambda texts: encode_documents(tokenizer, texts)  # noqa: E731
     while True:
         try:
             texts = pickle.load(requests)
         except EOFError:
             return
         try:
-            answer: tuple[Any, ...] | str = tuple(encode_documents(tokenizer, texts))
+            answer: tuple[Any, ...] | str = tuple(encode(texts))
         except Exception:
             answer = traceback.format_exc()
         pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)

@@ -34,9 +34,10 @@ def diagnose(engine: deepspeed.DeepSpeedEngine, batches: Sequence[Batch], device
     with torch.no_grad():
         for batch in batches:
             batch = batch.rows(0, left)
+            parts.append(engine(TokenBatch.from_numpy(batch, device), measure=measure))
             left -= len(batch.tokens)
-            if len(batch.tokens):
-                parts.append(engine(TokenBatch.from_numpy(batch, device), measure=measure))
+            if not left:
+                break
     engine.train()
     return summarise([{name: value.double().cpu() for name, value in part.items()} for part in parts])
 

@@ -18,9 +18,9 @@ PEAK_TFLOPS = {  # dense bfloat16, from the vendors' data sheets
 def flops_per_token(config: Config, vocab_size: int) -> float:
     """FLOPs of one token, forward and backward (3 × forward, 2 per multiply-add).
 
-    Attention counts the causal half of T × T, as if every row were one document; so do BST's pairs. NextLat's KL terms
-    add one head product per rollout step, whose backward pass lacks the product for the head's weight: it is frozen
-    there.
+    Attention counts the causal half of T × T, as if every row were one document, whatever document masks leave out; so
+    do BST's pairs. NextLat's KL terms add one head product per rollout step and position that they read, whose backward
+    pass lacks the product for the head's weight where it is frozen there.
     """
     model, T = config.model, config.data.sequence_length
     head_width = model.width // model.heads
@@ -33,10 +33,12 @@ def flops_per_token(config: Config, vocab_size: int) -> float:
     match config.objective:
         case NextTokenConfig():
             forward = trunk + head
-        case NextLatConfig(horizon=d, dynamics_width=hidden):
+        case NextLatConfig(horizon=d, dynamics_width=hidden) as objective:
             landings = sum(T - i for i in range(1, d + 1)) / T  # p_ψ runs only where a rollout can land
-            forward = trunk + head + landings * (2 * model.width * hidden + hidden**2 + hidden * model.width)
-            frozen_head = d * head
+            embeddings_half = model.width * hidden  # once, for every token
+            forward = trunk + head + embeddings_half + landings * (2 * model.width * hidden + hidden**2)
+            students = d * max(1, round(objective.kl_positions * T)) / T * head
+            forward, frozen_head = (forward, students) if objective.stop_gradient_head else (forward + students, 0.0)
         case MtpConfig(horizon=d):
             forward = trunk + d * block + (1 + d) * head
         case JtpConfig(horizon=d):

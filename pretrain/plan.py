@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rich.table import Table
 from data_pipeline import UserError, open_dataset, run_command
 from pretrain.config import Config, load_config
 from pretrain.flops import flops_per_token
-from pretrain.planning.activations import model_sizes
+from pretrain.planning.activations import ModelSizes, model_sizes
 from pretrain.planning.hardware import FOR_CUDA_AND_FRAGMENTS, GIB, GPUS, Gpu, find_gpu
 from pretrain.planning.memory import Memory, memory
 from pretrain.planning.traffic import traffic
@@ -75,21 +75,22 @@ class Plan:
 
 def plan(config: Config, vocab_size: int, cluster: Cluster, mfu: float = DEFAULT_MFU) -> Plan:
     """Work it all out. UserError where the batch does not fit the number of GPUs."""
-    w = 4 if config.run.precision == "float32" else 2
-    used, parameters = memory_per_gpu(config, vocab_size, cluster)
+    dtype = torch.float32 if config.run.precision == "float32" else torch.bfloat16
+    sizes, w = model_sizes(config, vocab_size, dtype), dtype.itemsize
+    used = memory(config, sizes, cluster.ranks, w)
     per_token = flops_per_token(config, vocab_size)
     tokens = config.total_steps * config.tokens_per_step
     speed = cluster.ranks * cluster.gpu.peak_tflops * 1e12 * mfu / per_token
-    moved = traffic(config, parameters, cluster.nodes, cluster.gpus_per_node, w)
+    moved = traffic(config, sizes.parameters, cluster.nodes, cluster.gpus_per_node, w)
     step = config.tokens_per_step / speed
     near = moved.in_node / (cluster.gpu.node_gbytes_per_second * 1e9)
     far = moved.network / (cluster.network_gbytes_per_second * 1e9)
     warnings = [
-        *memory_warnings(config, vocab_size, cluster, used),
+        *memory_warnings(config, sizes, cluster, w),
         *network_warnings(config, cluster, step, near, far),
     ]
     return Plan(
-        parameters=parameters,
+        parameters=sizes.parameters,
         memory=used,
         usable_bytes=cluster.usable_bytes,
         flops_per_token=per_token,
@@ -108,25 +109,25 @@ def plan(config: Config, vocab_size: int, cluster: Cluster, mfu: float = DEFAULT
     )
 
 
-def memory_per_gpu(config: Config, vocab_size: int, cluster: Cluster) -> tuple[Memory, int]:
-    """The memory of one GPU, and the model's parameters."""
-    dtype = torch.float32 if config.run.precision == "float32" else torch.bfloat16
-    sizes = model_sizes(config, vocab_size, dtype)
-    return memory(config, sizes, cluster.ranks, dtype.itemsize), sizes.parameters
-
-
-def memory_warnings(config: Config, vocab_size: int, cluster: Cluster, used: Memory) -> Iterator[str]:
+def memory_warnings(config: Config, sizes: ModelSizes, cluster: Cluster, bytes_per_weight: int) -> Iterator[str]:
     """One line if it does not fit, with the changes each of which alone would make it."""
-    if used.gpu <= cluster.usable_bytes:
+
+    def needed(changed: Config, on: Cluster) -> float:
+        # Activations grow with the micro-batch; what the loss takes is taken to stay, so that this never promises more.
+        share = changed.batch.micro_sequences / config.batch.micro_sequences
+        smaller = replace(sizes, activation_bytes=int(sizes.activation_bytes * share))
+        return memory(changed, smaller, on.ranks, bytes_per_weight).gpu
+
+    if needed(config, cluster) <= cluster.usable_bytes:
         return
-    would_do = [
+    fitting = [
         change
         for change, changed, other in alternatives(config, cluster)
-        if memory_per_gpu(changed, vocab_size, other)[0].gpu <= cluster.usable_bytes
+        if needed(changed, other) <= cluster.usable_bytes
     ]
-    remedy = f"Any of these would do: {'; '.join(would_do)}" if would_do else "Take larger GPUs, or a smaller model"
-    needed, usable = used.gpu / GIB, cluster.usable_bytes / GIB
-    yield f"will not fit: {needed:.1f} GiB are needed on each GPU and {usable:.1f} are usable. {remedy}"
+    remedy = f"Any of these would do: {'; '.join(fitting)}" if fitting else "Take larger GPUs, or a smaller model"
+    most, usable = needed(config, cluster) / GIB, cluster.usable_bytes / GIB
+    yield f"will not fit: {most:.1f} GiB are needed on each GPU and {usable:.1f} are usable. {remedy}"
 
 
 def alternatives(config: Config, cluster: Cluster) -> Iterator[tuple[str, Config, Cluster]]:
@@ -228,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
 def vocabulary(config: Config) -> int:
     """Rows of the embedding: the config's, or the data set's."""
     try:
-        return config.model.vocab_size or open_dataset(config.data.path).vocab_size
+        first = next(iter(config.data.sources_by_name.values()))
+        return config.model.vocab_size or open_dataset(first.path).vocab_size
     except UserError as error:
         raise UserError(f"{error} (or give --vocab-size, to plan without the data)") from None
 

@@ -33,10 +33,18 @@ LOSS_TERMS = {
     "loss_next_token": ("Next token", "nats per token"),
     "loss_next_latent": ("Next latent", "SmoothL1"),
     "loss_kl": ("KL of rollout", "nats per token"),
+    "loss_rollout_cross_entropy": ("Cross-entropy of rollout", "nats per token"),
     "loss_multi_token": ("Extra heads of MTP", "nats per token"),
     "loss_joint_token": ("Joint tokens of JTP", "nats per token"),
     "loss_previous_token": ("Previous token of BST", "nats per token"),
     "loss": ("Whole objective", "weighted sum"),
+}
+DIAGNOSTICS = {
+    "hidden_effective_rank": ("Effective rank of h", "dimensions"),
+    "hidden_norm": ("Norm of h", ""),
+    "latent_cosine": ("Cosine of prediction and h", ""),
+    "latent_target_variance": ("Variance of h (pale: prediction)", ""),
+    "draft_acceptance": ("Drafts accepted, of 5", "share"),
 }
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1e293b; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
@@ -99,6 +107,9 @@ def write_report(folders: Iterable[Path], out: Path) -> None:
         ),
         ("Speed and steadiness", "", picture(runs, draw_speed, (11, 3.1))),
     ]
+    if any(run.curve("hidden_norm")[0] for run in runs):
+        note = "Hidden states and p_ψ on a few validation sequences (pretrain/diagnostics.py says how each is defined)."
+        sections.append(("What the losses do not tell", note, picture(runs, draw_diagnostics, (11, 5.6))))
     if any("perplexity" in run.evaluation for run in runs):
         note = (
             "Validation text in bits per byte, end-of-document tokens included. xz sees the same bytes and nothing "
@@ -190,6 +201,20 @@ def draw_speed(figure: Figure, runs: list[Run]) -> None:
             axes.plot(*run.curve(key), color=run.colour, linewidth=1.2)
         _dress(axes, title, unit)
         axes.set_ylim(bottom=0)
+
+
+def draw_diagnostics(figure: Figure, runs: list[Run]) -> None:
+    """A panel per diagnostic that any run has."""
+    present = [key for key in DIAGNOSTICS if any(run.curve(key)[0] for run in runs)]
+    for index, key in enumerate(present):
+        axes = figure.add_subplot((len(present) + 2) // 3, min(3, len(present)), index + 1)
+        for run in runs:
+            axes.plot(*run.curve(key), ".-", color=run.colour, linewidth=1.4, label=run.name)
+            if key == "latent_target_variance":
+                axes.plot(*run.curve("latent_prediction_variance"), color=run.colour, linewidth=1.4, alpha=0.4)
+        _dress(axes, *DIAGNOSTICS[key])
+    if len(runs) > 1:
+        figure.axes[0].legend(frameon=False)
 
 
 def draw_bits_per_byte(figure: Figure, runs: list[Run]) -> None:

@@ -84,6 +84,7 @@ def open_data(config: Config) -> tuple[RunData, Stream, int]:
     run_data.tokenizer()  # refused unless its file is the one that made the tokens
     read_validation(run_data, Ranks(0, 1, 0, 1))  # a split with nothing in it is better met now than at the end
     check_horizon(config, datasets)
+    check_labels(config, datasets)
     if config.model.init_from is not None:
         init_from.check_folder(Path(config.model.init_from), config, vocab_size, first.tokenizer_fingerprint)
     return run_data, run_data.stream, vocab_size
@@ -131,6 +132,16 @@ def check_horizon(config: Config, datasets: dict[str, Dataset]) -> None:
         f"objective.horizon={horizon} needs documents of {horizon + 1} tokens, and the longest of "
         f"{', '.join(datasets)} has {longest}; shorten the horizon, or give longer documents"
     )
+
+
+def check_labels(config: Config, datasets: dict[str, Dataset]) -> None:
+    """UserError where tokens are answered with labels of their own, and the objective knows next tokens alone."""
+    labelled = [name for name, dataset in datasets.items() if dataset.split("train").has_labels]
+    if labelled and config.objective.name not in ("next_token", "nextlat"):
+        raise UserError(
+            f"{labelled[0]}: its tokens are answered with labels, which objective.name={config.objective.name} does not "
+            "know; use next_token or nextlat"
+        )
 
 
 def phases(config: Config) -> list[dict[str, Any]]:

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import loss, step
+from benchmarks.gpu import loss as gpu_loss
 
 
 def test_the_two_formulations_of_the_loss_benchmark_agree() -> None:
@@ -22,6 +24,22 @@ def test_the_loss_benchmark_prints_its_table(capsys: pytest.CaptureFixture[str])
     loss.main(sizes)
     output = capsys.readouterr().out
     assert "time" in output and "memory" in output and "1/" in output
+
+
+def test_the_gpu_loss_benchmark_runs_at_its_small_size(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_loss.main(["--small", "--horizons", "1", "3", "--repeats", "1"])
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert "D=64 V=500 tokens=256" in header
+    assert [row.split()[0] for row in rows] == ["1", "3"]
+
+
+def test_the_gpu_loss_benchmarks_plain_formulation_is_the_same_in_parts() -> None:
+    case = gpu_loss.Case(16, 100, 60, 2, torch.device("cpu"))
+    whole, in_parts, ours = (
+        case.run(way, parts)[0] for way, parts in ((gpu_loss.plain, 1), (gpu_loss.plain, 4), (gpu_loss.fused, 1))
+    )
+    assert in_parts == pytest.approx(whole, rel=1e-3)
+    assert ours == pytest.approx(whole, rel=1e-2)
 
 
 def test_the_step_benchmark_writes_a_page_with_every_objective_and_ratios_to_gpt(

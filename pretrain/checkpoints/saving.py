@@ -29,15 +29,10 @@ import torch
 
 from data_pipeline import UserError
 from pretrain.checkpoints.files import CheckpointFiles, describe
-from pretrain.checkpoints.manifest import (
-    FileEntries,
-    flush_and_hash,
-    flush_folder,
-    write_durably,
-    write_manifest,
-)
+from pretrain.checkpoints.manifest import FileEntries, flush_and_hash, write_durably
 from pretrain.checkpoints.mirror import Mirror, MirrorThread
-from pretrain.checkpoints.retention import REMOVING, UNFINISHED, name_of, prune, remove_leftovers
+from pretrain.checkpoints.publishing import publish
+from pretrain.checkpoints.retention import UNFINISHED, name_of, remove_leftovers
 from pretrain.checkpoints.shards import OPTIMIZER_NAMES
 from pretrain.checkpoints.state import CONFIG, STATE, TrainState, describe_run, generators, generators_file
 from pretrain.config import Config, dump_config
@@ -288,25 +283,6 @@ class Saver:
                 f"saved {save.path} (training waited {save.stall_seconds:.2f} s, written in {save.write_seconds:.2f} s)"
             )
             save.write_seconds = 0.0  # said once
-
-
-def publish(unfinished: Path, path: Path, files: FileEntries, described: dict[str, Any], config: Config) -> None:
-    """Give a written checkpoint its name, once everything in it is on disk; then move `latest`, and prune."""
-    others = [found for found in unfinished.rglob("*") if found.is_file()]
-    others = [found for found in others if found.relative_to(unfinished).as_posix() not in files]
-    write_manifest(unfinished, described, files | flush_and_hash(unfinished, others))
-    if path.exists():  # left by an earlier start and found damaged, else this step would not come again
-        old = path.with_name(f"{REMOVING}{path.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    unfinished.rename(path)
-    flush_folder(path.parent)
-    write_durably(path.parent / "latest", path.name)
-    try:
-        remove_leftovers(path.parent)
-        prune(path.parent, config.checkpoint, described["step"])
-    except OSError as error:
-        print(f"warning: {path.parent}: old checkpoints stay: {describe(error)}", file=sys.stderr, flush=True)
 
 
 def save_checkpoint(

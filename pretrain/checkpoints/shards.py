@@ -9,6 +9,7 @@ Files are memory-mapped: opening reads nothing, and only what is asked for is re
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,8 +118,9 @@ class ShardedState:
         return [key for key, value in self._optimizer_state(name).items() if _is_buffer(value)]
 
     def optimizer_scalars(self, name: str) -> dict[str, Any]:
-        """What the optimizer keeps once for a parameter, such as its number of steps."""
-        return {key: value for key, value in self._optimizer_state(name).items() if not _is_buffer(value)}
+        """What the optimizer keeps once for a parameter, such as its number of steps; copies, as each counts on."""
+        state = self._optimizer_state(name)
+        return {key: copy.deepcopy(value) for key, value in state.items() if not _is_buffer(value)}
 
     def _optimizer_state(self, name: str) -> Mapping[str, Any]:
         rank, piece = self._pieces[name][0]

@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from data_pipeline import UserError
+
+# Once for all: torch's `safe_globals` context changes the whole process, and files are opened by several threads.
+torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
 def load_data_only(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
@@ -31,12 +37,7 @@ def why_not_data_only(path: Path) -> str | None:
 
 
 def _load(path: str | Path, mmap: bool) -> dict[str, Any]:
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
 
 
 def _reason(error: Exception) -> str:

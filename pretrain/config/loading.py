@@ -16,16 +16,12 @@ from pretrain.config.schema import Config
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a run's YAML file and apply `section.key=value` overrides.
+    """Read a run's YAML file and apply overrides: `section.key=value`, `section={…}`, or `section=@FILE`.
 
     Raises UserError, in one line, for whatever does not fit the schema.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the config ({error}); give the path of a YAML file") from None
-    values = _parse_yaml(text, str(path))
+    values = _read_yaml(path, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: a config is a mapping of sections ({', '.join(Config.model_fields)})")
     for override in overrides:
@@ -72,6 +68,14 @@ for _class in (_Yaml12Loader, _Yaml12Dumper):
     )
 
 
+def _read_yaml(path: Path, where: str) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot read the config ({error}); give the path of a YAML file") from None
+    return _parse_yaml(text, where)
+
+
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Yaml12Loader)
@@ -80,10 +84,10 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`, or a whole `section={key: value, …}`, in place."""
+    """Set one `section.key=value`, or a whole `section={key: value, …}`, in place; `section=@FILE` merges a file in."""
     key, equals, text = override.partition("=")
     parts = key.split(".")
-    whole_section = len(parts) == 1 and text.startswith("{")
+    whole_section = len(parts) == 1 and text.startswith(("{", "@"))
     if not equals or not all(parts) or (len(parts) < 2 and not whole_section):
         raise UserError(f"override {override!r} is not of the form section.key=value")
     target = values
@@ -93,7 +97,20 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target = target[part]
         if not isinstance(target, dict):
             raise UserError(f"override {override!r}: {part!r} is not a section")
-    target[parts[-1]] = _parse_yaml(text, f"override {override!r}")
+    where = f"override {override!r}"
+    if whole_section and text.startswith("@"):
+        included = _read_yaml(Path(text[1:]), where)
+        if not isinstance(included, dict) or not isinstance(target.get(key) or {}, dict):
+            raise UserError(f"{where}: {key} and the file must be mappings, to be merged")
+        target[key] = _merged(target.get(key) or {}, included)
+        return
+    target[parts[-1]] = _parse_yaml(text, where)
+
+
+def _merged(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `other`, which win; mappings in both are merged likewise."""
+    both = {k: _merged(base[k], v) for k, v in other.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | other | both
 
 
 def _describe(error: ValidationError) -> str:

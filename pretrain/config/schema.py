@@ -318,6 +318,12 @@ class Config(Section):
                 f"{given}: {self.warmup_steps} warm-up and {self.decay_steps} decay steps do not fit into "
                 f"{self.total_steps} steps; shorten them or lengthen the run"
             )
+        alone = getattr(self.objective, "dynamics_only_steps", 0)
+        if alone > self.total_steps:
+            raise ValueError(
+                f"objective.dynamics_only_steps={alone} is more than the run's {self.total_steps} steps; shorten it, "
+                "or lengthen the run"
+            )
         saved, validated = self.checkpoint.every, self.validation.every
         if self.checkpoint.keep_best and (saved is None or validated is None or saved % validated):
             raise ValueError(
@@ -341,6 +347,11 @@ class Config(Section):
         if not isinstance(self.deepspeed.get("zero_optimization", {}), dict):
             value = self.deepspeed["zero_optimization"]
             raise ValueError(f"deepspeed.zero_optimization={value!r} must be a mapping, such as {{stage: 3}}")
+        if self.optimizer.name == "muon" and self.deepspeed.get("zero_optimization", {}).get("reduce_scatter"):
+            raise ValueError(
+                "deepspeed.zero_optimization.reduce_scatter=True leaves no gradient whole, as optimizer.name=muon "
+                "needs them; leave it out"
+            )
         if self.checkpoint.every is None and "rollback" in (self.faults.non_finite, self.faults.spike):
             raise ValueError("faults: rollback goes back to the last of checkpoint.every steps; set checkpoint.every")
         stage = self.zero_stage

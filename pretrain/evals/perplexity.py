@@ -76,7 +76,7 @@ def total_nats(subject: Subject, split: Split, limit: int | None, progress: Prog
         mask_BT = next_token_mask(batch)
         hidden_BTD = subject.hidden_states(batch)
         sum_of_nats, _ = fused_cross_entropy_kl(
-            hidden_BTD.flatten(0, 1), subject.head_VD, batch.tokens[:, 1:].flatten(), mask_BT.flatten().float()
+            hidden_BTD.flatten(0, 1), subject.head_VD, batch.targets.flatten(), mask_BT.flatten().float()
         )
         nats += float(sum_of_nats)
         tokens += int(mask_BT.sum())
@@ -85,8 +85,8 @@ def total_nats(subject: Subject, split: Split, limit: int | None, progress: Prog
 
 def evaluated_texts(dataset: Dataset, split: Split, length: int, limit: int | None) -> list[str] | None:
     """The text of exactly the evaluated tokens, document by document; None where they are no text by themselves."""
-    if split.prompt_lengths is not None and bool(split.prompt_lengths.any()):
-        return None  # the prompt's tokens are text that was not evaluated
+    if (split.prompt_lengths is not None and bool(split.prompt_lengths.any())) or split.has_labels:
+        return None  # the prompt's tokens are text that was not evaluated, labels are no text
     end = split.tokens if limit is None else min(split.tokens, limit * length + 1)
     tokenizer = dataset.tokenizer()
     bounds = [*split.document_starts.tolist(), split.tokens]

@@ -26,3 +26,5 @@ class Suite:
     """For <suite>.png."""
     check: Callable[[Subject, Dataset, int | None], None] = lambda subject, dataset, limit: None
     """Raises UserError for what this suite cannot evaluate, before any suite runs."""
+    headline: Callable[[dict[str, Any]], dict[str, float]] = lambda result: {}
+    """The few numbers of a result that a study puts side by side."""

@@ -30,6 +30,13 @@ class TokenBatch:
     """(B, T+1) bool: the token counts as a target (prompt tokens and padding do not)."""
     row_seeds: tuple[int, ...] | None = None
     """B seeds, see `row_seeds`, for what is chosen at random in a row; None where nothing is (validation)."""
+    labels: Tensor | None = None
+    """(B, T+1) int64: what each token is to be answered with; None where that is the next token."""
+
+    @property
+    def targets(self) -> Tensor:
+        """(B, T) int64: what the model is to answer at each position that it reads."""
+        return self.tokens[:, 1:] if self.labels is None else self.labels[:, :-1]
 
     @classmethod
     def from_numpy(
@@ -38,7 +45,8 @@ class TokenBatch:
         """The data pipeline's batch as tensors on `device`."""
         arrays = (batch.tokens, batch.document_ids, batch.positions, batch.target_mask)
         tokens, documents, positions, targets = (torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
-        return cls(tokens, documents, positions, targets, row_seeds)
+        labels = None if batch.labels is None else torch.from_numpy(batch.labels).to(device, non_blocking=True)
+        return cls(tokens, documents, positions, targets, row_seeds, labels)
 
 
 def row_seeds(seed: int, samples: Iterable[int]) -> tuple[int, ...]:

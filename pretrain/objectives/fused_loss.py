@@ -192,7 +192,8 @@ class _Gradients:
         self.hidden_ND = torch.empty_like(hidden_ND)
         self.rollouts_dMD = torch.empty_like(rollouts_dMD)
         self.of_head_VD = torch.zeros_like(head_VD, dtype=sum_dtype)
-        self.of_head_by_rollouts_VD = None if options.freeze_head else torch.zeros_like(head_VD, dtype=sum_dtype)
+        trained_by_rollouts = len(rollouts_dMD) > 0 and not options.freeze_head
+        self.of_head_by_rollouts_VD = torch.zeros_like(self.of_head_VD) if trained_by_rollouts else None
         self.given_out: set[str] = set()
 
     def add(self, here: slice, states_C1dD: Tensor, grad_C1dV: Tensor) -> None:

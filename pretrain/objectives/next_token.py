@@ -18,5 +18,5 @@ class NextToken(Objective):
     def forward(self, states: TrunkStates, batch: TokenBatch, head: nn.Module, counts: Tensor) -> dict[str, Tensor]:
         """See `Objective.forward`."""
         weights_BT = mean_weights(next_token_mask(batch), counts[0])
-        next_token, _ = head(states.hidden, batch.tokens[:, 1:], weights_BT)
+        next_token, _ = head(states.hidden, batch.targets, weights_BT)
         return {"loss": next_token, "loss_next_token": next_token.detach()}

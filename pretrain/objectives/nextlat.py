@@ -56,7 +56,9 @@ class NextLat(Objective):
         """See `Objective.forward`; the latent terms are also given per rollout step."""
         d, hidden_BTD, embeddings_BTD = self.horizon, states.hidden, states.embeddings
         if self.dynamics_only:
-            hidden_BTD, embeddings_BTD = hidden_BTD.detach(), embeddings_BTD.detach()
+            # Cut off from the trunk, yet with gradients: ZeRO-3 gathers weights for the backward pass by its inputs'.
+            wanted = torch.is_grad_enabled()
+            hidden_BTD, embeddings_BTD = (x.detach().requires_grad_(wanted) for x in (hidden_BTD, embeddings_BTD))
         next_token_count, latent_counts_d, kl_counts_d = counts.split([1, d, d])
         latent_dBT = rollout_mask(batch, d)
         next_token_BT = next_token_mask(batch)
@@ -96,7 +98,7 @@ class NextLat(Objective):
         kl_weights_dBT: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Weighted sums of cross-entropy () and of the rollouts' token loss (d,), from all or some of the positions."""
-        targets_BT = batch.tokens[:, 1:]
+        targets_BT = batch.targets
         freeze_head = self.config.stop_gradient_head or self.dynamics_only
         options = {"rollout_loss": self.config.rollout_loss, "freeze_head": freeze_head}
         if self.config.kl_positions == 1.0 or batch.row_seeds is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,7 +41,7 @@ def model_sizes(config: Config, vocab_size: int, dtype: torch.dtype) -> ModelSiz
         numbers = torch.zeros(B, T + 1, dtype=torch.long)
         batch = TokenBatch(numbers, numbers, numbers, torch.ones(B, T + 1, dtype=torch.bool))
         counts = model.objective.valid_counts(batch)
-        with gpu_kernels(), LiveBytes() as live:
+        with gpu_kernels(), LiveBytes(model) as live:
             states = model.trunk_states(batch)
             activations = live.now
             model.objective(states, batch, model.lm_head, counts)
@@ -50,12 +50,12 @@ def model_sizes(config: Config, vocab_size: int, dtype: torch.dtype) -> ModelSiz
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, and their peak."""
+    """Counts the bytes of the tensors that are alive, and their peak; those of the model's own are left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.now = self.highest = 0
-        self._seen: set[int] = set()
+        self._seen = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

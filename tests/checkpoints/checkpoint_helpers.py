@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pretrain.checkpoints.manifest import flush_and_hash
+from pretrain.checkpoints.publishing import publish
 from pretrain.checkpoints.retention import UNFINISHED, name_of
-from pretrain.checkpoints.saving import publish
 from pretrain.config import Config, load_config
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_helpers import make_config, publish_step
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from data_pipeline import UserError
 from pretrain.checkpoints import find_whole
@@ -87,6 +88,14 @@ def test_a_file_of_weights_that_is_not_listed_is_found(config: Config) -> None:
     path = publish_step(config, 4)
     shutil.copyfile(path / "rank0.pt", path / "a_model_states.pt")
     assert find_problems(path, ALONE) == [f"a_model_states.pt is not in {MANIFEST}"]
+
+
+def test_many_files_checked_at_once_have_no_problem(tmp_path: Path) -> None:
+    for number in range(24):
+        torch.save({"stage": ZeroStageEnum.weights, "number": number}, tmp_path / f"{number}.pt")
+    write_manifest(tmp_path, {"step": 4}, flush_and_hash(tmp_path, tmp_path.glob("*.pt")))
+    for _ in range(10):
+        assert find_problems(tmp_path, ALONE) == []
 
 
 def test_ranks_share_the_checking(config: Config) -> None:

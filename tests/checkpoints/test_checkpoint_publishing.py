@@ -10,7 +10,7 @@ import torch
 from checkpoint_helpers import make_config, publish_step, steps_in, write_unfinished
 
 from data_pipeline import UserError
-from pretrain.checkpoints import find_whole, open_checkpoint, saving
+from pretrain.checkpoints import find_whole, open_checkpoint, publishing
 from pretrain.checkpoints.files import CheckpointFiles
 from pretrain.checkpoints.manifest import MANIFEST, flush_and_hash
 from pretrain.checkpoints.retention import hold, name_of, prune, remove, remove_leftovers, retained
@@ -52,9 +52,9 @@ def test_a_kill_at_any_point_of_publishing_leaves_a_whole_checkpoint_to_go_on_fr
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(saving, where, kill)
+        patched.setattr(publishing, where, kill)
         with pytest.raises(Killed):
-            saving.publish(unfinished, folder / name_of(8), files, {"step": 8}, config)
+            publishing.publish(unfinished, folder / name_of(8), files, {"step": 8}, config)
     assert find_whole(folder, ALONE) == folder / name_of(expected)
     remove_leftovers(folder)
     assert {path.name for path in folder.iterdir()} <= {"latest", name_of(4), name_of(8)}

@@ -116,6 +116,34 @@ BAD = {
         ["objective.horizon=64", "data.sequence_length=64", "smaller"],
     ),
     "horizon beyond the sequence": (["objective.horizon=1000"], ["objective.horizon=1000", "smaller"]),
+    "no positions for the rollouts": (["objective.kl_positions=0"], ["objective.kl_positions=0", "greater than 0"]),
+    "more than all positions": (["objective.kl_positions=1.5"], ["objective.kl_positions=1.5", "less than or equal"]),
+    "unknown latent loss": (["objective.latent_loss=l1"], ["objective.latent_loss='l1'", "'smooth_l1'", "'mse'"]),
+    "muon without its rate": (
+        ["optimizer.name=muon", "optimizer.gradient_clip=null"],
+        ["optimizer.muon_learning_rate", "such as 0.02"],
+    ),
+    "muon's rate without muon": (
+        ["optimizer.muon_learning_rate=0.02"],
+        ["optimizer.muon_learning_rate=0.02", "optimizer.name=adamw", "leave it out"],
+    ),
+    "muon with clipping": (
+        ["optimizer.name=muon", "optimizer.muon_learning_rate=0.02"],
+        ["optimizer.gradient_clip=1.0", "null"],
+    ),
+    "muon with reduce scatter": (
+        [
+            "optimizer.name=muon",
+            "optimizer.muon_learning_rate=0.02",
+            "optimizer.gradient_clip=null",
+            "deepspeed={zero_optimization: {stage: 3, reduce_scatter: true}}",
+        ],
+        ["deepspeed.zero_optimization.reduce_scatter=True", "muon"],
+    ),
+    "p_psi alone for longer than the run": (
+        ["objective.dynamics_only_steps=101"],
+        ["objective.dynamics_only_steps=101", "100 steps"],
+    ),
     "horizon of zero": (["objective.horizon=0"], ["objective.horizon=0", "greater than 0"]),
     "horizon of MTP beyond the sequence": (
         ["objective={name: mtp, horizon: 64, multi_token_weight: 1.0}"],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from data_pipeline import Dataset, open_dataset
+from data_pipeline import Dataset, Stream, open_dataset
 from data_pipeline.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +85,27 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, **options
     )
+
+
+def used(folder: Path) -> int:
+    """Bytes of the files in a folder that others may be changing."""
+    total = 0
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            total += entry.stat().st_size
+    return total
+
+
+REMOTE_SIZES: dict[str, Any] = {"seed": 3, "sequence_length": 64, "global_sequences": 12}
+
+
+def same_batches(dataset: Dataset, remote: Dataset, steps: int = 30) -> None:
+    """Assert that a data set and its remote copy give the same batches."""
+    near = Stream(dataset.split("train"), shard_window=2, **REMOTE_SIZES)
+    far = Stream(remote.split("train"), shard_window=2, **REMOTE_SIZES)
+    for a, b in zip(near.batches(0, steps), far.batches(0, steps), strict=True):
+        for name in ("tokens", "document_ids", "positions", "target_mask"):
+            assert np.array_equal(getattr(a, name), getattr(b, name))
 
 
 @dataclass

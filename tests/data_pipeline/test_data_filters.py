@@ -9,6 +9,7 @@ from data_helpers import decoded, jsonl, make, make_whole
 
 from data_pipeline import UserError, open_dataset
 from data_pipeline.filters import Filters
+from data_pipeline.seen import SeenTexts
 
 
 def test_filters_leave_out_and_count(tmp_path: Path) -> None:
@@ -46,7 +47,6 @@ def test_filters_leave_out_and_count(tmp_path: Path) -> None:
 
 
 def test_language_is_told_from_the_text(tmp_path: Path) -> None:
-    pytest.importorskip("py3langid")
     english = "The quick brown fox jumps over the lazy dog and then goes home to sleep for the night."
     german = "Der schnelle braune Fuchs springt über den faulen Hund und geht dann nach Hause, um zu schlafen."
     source = jsonl(tmp_path / "x.jsonl", [{"text": english}, {"text": german}])
@@ -82,3 +82,13 @@ def test_empty_documents_are_skipped_and_counted(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(text)
     dataset = make(tmp_path, tmp_path / "o", validation=0.0)
     assert dataset.manifest["skipped"] == {"empty": 2} and decoded(dataset, "train") == ["text"]
+
+
+def test_a_text_is_seen_once_however_many_there_are() -> None:
+    """Past several growths of the table, and with digests whose places collide."""
+    seen, known = SeenTexts(), set[str]()
+    for number in range(30_000):
+        text = str(number * 7919 % 20_011)
+        assert seen.add(text) == (text not in known)
+        known.add(text)
+    assert seen.count == len(known) == 20_011 and len(seen._table) <= 36 * seen.count

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -125,11 +126,26 @@ def test_largest_remainder(shares: list[float], total: int) -> None:
     assert whole.sum() == total and np.abs(whole - wanted).max() < 1 + 1e-6 and (whole >= 0).all()
 
 
+def test_weights_at_the_ends_of_floating_point() -> None:
+    for large in ([1.7e308, 1.7e308], [5e-324, 5e-324]):
+        assert by_weights(large).counts(1000).tolist() == [500, 500]
+    assert by_weights([1e300, 1e-300]).counts(1000).tolist() == [1000, 0]
+
+
 def test_annealing_moves_from_one_mixture_to_the_other() -> None:
     mixture = by_phases([*anneal([1, 0], [0, 1], 64_000), Phase((0.0, 1.0))])
     counts = np.array([mixture.counts(n * 6400)[1] for n in range(11)])
     assert np.abs(counts - [320 * n * n for n in range(11)]).max() < 30  # n² / 2N of a straight line
     assert (mixture.locate(np.arange(64_000, 65_000))[0] == 1).all()
+
+
+def test_mixtures_are_pinned() -> None:
+    """Resuming a run with another version must go on with the same samples."""
+    mixture = by_phases([*anneal([0.7, 0.2, 0.1], [0.1, 0.2, 0.7], 6_000), Phase((0.5, 0.3, 0.2))])
+    places = np.stack(mixture.locate(np.arange(10_000))).astype("<i8")
+    assert hashlib.sha256(places.tobytes()).hexdigest() == (
+        "c722447014229361f75e59ad7a64746029b81266a502c1a67218f6d59c63d4df"
+    )
 
 
 def test_a_place_far_away_costs_no_more() -> None:
@@ -147,6 +163,9 @@ def test_a_place_far_away_costs_no_more() -> None:
         (lambda: by_weights([1.0, -1.0]), "numbers of 0 or more"),
         (lambda: by_weights([1.0, float("nan")]), "numbers of 0 or more"),
         (lambda: by_epochs([1.0], [5, 5]), "for each source"),
+        (lambda: by_epochs([1e-9, 1e-9], [5, 5]), "less than one sample together"),
+        (lambda: by_epochs([1e18, 1.0], [5, 5]), "fewer than 1,125,899,906,842,624"),
+        (lambda: by_phases([Phase((1.0,), 1 << 50), Phase((1.0,))]), "fewer than"),
         (lambda: by_phases([Phase((1.0,)), Phase((1.0,))]), "a length for every phase"),
         (lambda: by_phases([Phase((1.0,), 0), Phase((1.0,))]), "give 1 or more"),
         (lambda: by_phases([Phase((1.0,), 5), Phase((1.0, 2.0))]), "every phase must name every source"),

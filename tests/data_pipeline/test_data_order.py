@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data_pipeline.order import order, permute
+from data_pipeline.order import ShardOrder, order, permute
 
 POWERS_OF_4 = [4**k + d for k in range(1, 9) for d in (-1, 0, 1)]
 
@@ -40,6 +40,11 @@ def test_order_is_pinned() -> None:
     numbers = order(1234, 3, np.arange(10_000), 1_000_003).astype("<i8")
     assert hashlib.sha256(numbers.tobytes()).hexdigest() == (
         "3c23d540b07d7f9e3b200cbff7ed0c633aa52604ec768188950d4ced45db73ba"
+    )
+    two_level = ShardOrder(1234, np.arange(1, 101) * 37 % 900 + 100, window=8, global_sequences=48, groups=4)
+    numbers = two_level.samples_at(two_level.samples + np.arange(10_000)).astype("<i8")
+    assert hashlib.sha256(numbers.tobytes()).hexdigest() == (
+        "d9cb50cf4ba34bcccdf40fdaa9783e0b6bce667a1ba34b36dfe4f4e33ddd90cf"
     )
 
 

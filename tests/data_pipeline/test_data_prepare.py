@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import ROOT, contents, decoded, jsonl, make, make_texts, make_whole
+from rich.console import Console
 
 from data_pipeline import Dataset, UserError, load_tokenizer, open_dataset
 from data_pipeline.claim import WORK
@@ -129,3 +131,11 @@ def test_types_on_disk_hold_a_large_vocabulary() -> None:
 def test_the_package_needs_neither_torch_nor_the_trainer() -> None:
     code = "import sys, data_pipeline.prepare; assert not {'torch', 'pretrain'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_progress_shows_rates_and_what_is_left(corpus: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    make(corpus, tmp_path / "o", shard_bytes=9_000, console=console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("documents/s", "Mtok/s", "B/s", "0:00:00", "bytes/token"):
+        assert part in shown

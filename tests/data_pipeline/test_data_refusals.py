@@ -60,7 +60,7 @@ def test_parquet_without_the_field(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--source", "nowhere/at/all"], "source nowhere/at/all: nothing found"),
-        (["--source", "task:path_star,d=5"], "no such task exists"),
+        (["--source", "task:path_star,d=5"], "has a vocabulary of its own: leave --tokenizer out"),
         (["--source", "nosuch://x"], "source nosuch://x: .*known"),
         (["--workers", "0"], "--workers 0: give 1 or more"),
         (["--validation", "1"], "--validation 1"),

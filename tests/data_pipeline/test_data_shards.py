@@ -42,9 +42,25 @@ def test_what_an_opened_data_set_says(dataset: Dataset) -> None:
         assert split.tokens == split.text_bytes + split.documents  # a byte is a token, and each document has an EOS
 
 
-@pytest.mark.parametrize(("vocab", "name"), [(257, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
+@pytest.mark.parametrize(
+    ("vocab", "name"), [(1, "uint8"), (256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")]
+)
 def test_the_smallest_type_that_holds_the_vocabulary(vocab: int, name: str) -> None:
     assert token_dtype(vocab).name == name
+
+
+def test_a_small_vocabulary_is_read_from_one_byte_a_token(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from data_pipeline import Stream, load_tokenizer
+
+    tokenizer = replace(load_tokenizer("bytes"), vocab_size=256, eos_id=255)
+    tokens = np.array([255, 1, 254, 255, 2, 3, 4], token_dtype(256))
+    entry = write_shard(tmp_path, "train", 0, tokens, np.array([0, 3]), text_bytes=5)
+    write_manifest(tmp_path, tokenizer, {"train": [entry]})
+    assert entry["files"]["tokens"]["bytes"] == len(tokens) and verify(str(tmp_path), quiet())
+    stream = Stream(open_dataset(tmp_path).split("train"), seed=0, sequence_length=6, global_sequences=1)
+    assert stream.batch(0).tokens.tolist() == [[255, 1, 254, 255, 2, 3, 4]]
 
 
 def test_folders_that_are_no_data_sets(tmp_path: Path, copy: Path) -> None:

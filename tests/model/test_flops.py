@@ -24,6 +24,17 @@ CASES = [
     ("{name: next_token}", LAYERS, 1),
     ("{name: nextlat, horizon: 1, next_latent_weight: 1.0, kl_weight: 1.0, dynamics_width: 160}", LAYERS, 1),
     ("{name: nextlat, horizon: 5, next_latent_weight: 1.0, kl_weight: 1.0, dynamics_width: 160}", LAYERS, 1),
+    (
+        "{name: nextlat, horizon: 5, next_latent_weight: 1.0, kl_weight: 1.0, dynamics_width: 160, kl_positions: 0.25}",
+        LAYERS,
+        1,
+    ),
+    (
+        "{name: nextlat, horizon: 5, next_latent_weight: 1.0, kl_weight: 1.0, dynamics_width: 160, "
+        "stop_gradient_head: false, rollout_loss: cross_entropy, latent_loss: mse}",
+        LAYERS,
+        1 + 5,
+    ),
     ("{name: mtp, horizon: 1, multi_token_weight: 1.0}", LAYERS + 1, 2),
     ("{name: mtp, horizon: 5, multi_token_weight: 1.0}", LAYERS + 5, 6),
     ("{name: jtp, horizon: 1, joint_token_weight: 1.0}", LAYERS, 2),
@@ -61,7 +72,7 @@ def build(objective: str) -> tuple[Config, PretrainingModel, TokenBatch]:
     columns = torch.arange(T + 1).expand(ROWS, -1)
     whole_row = torch.zeros(ROWS, T + 1, dtype=torch.int32)
     tokens = torch.randint(0, VOCABULARY, (ROWS, T + 1), generator=torch.Generator().manual_seed(0))
-    batch = TokenBatch(tokens, whole_row, columns, torch.ones(ROWS, T + 1, dtype=torch.bool))
+    batch = TokenBatch(tokens, whole_row, columns, torch.ones(ROWS, T + 1, dtype=torch.bool), tuple(range(ROWS)))
     return config, model, batch
 
 
@@ -71,7 +82,7 @@ def check(objective: str, model: PretrainingModel, batch: TokenBatch, blocks: in
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch, model.objective.valid_counts(batch))["loss"].backward()
     counted = sum(counter.flop_counts["Global"].values())
-    # The trained head's gradient is an addmm_, which torch leaves out.
+    # Gradients of the trained head are an addmm_, which torch leaves out.
     counted += 2 * VOCABULARY * config.model.width * head_products * ROWS * T
     attention = sum(flops for op, flops in counter.flop_counts["Global"].items() if "bmm" in str(op))
     ours = flops_per_token(config, VOCABULARY) * ROWS * T

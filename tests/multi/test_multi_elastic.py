@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     for start, world in enumerate(WORLDS):
         configs = []
         for name, (changes, stages) in CHAINS.items():
-            common = {"batch.global_sequences": 12, "checkpoint.keep": 9, **changes}
+            common = {"batch.global_sequences": 12, "batch.micro_sequences": 6, "checkpoint.keep": 9, **changes}
             if start == 0:
                 configs.append(str(write_run_config(folder, tiny_data, f"{name}_alone", common)))
             common |= {"batch.micro_sequences": 2 if world == 3 else 6 // (1 + start % 2)}
@@ -44,12 +44,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
 def test_a_run_that_changes_shape_at_every_start_follows_the_one_left_alone(runs: Path, name: str) -> None:
     changed, alone = read_metrics(runs / name), read_metrics(runs / f"{name}_alone")
     assert [record["step"] for record in changed] == list(range(1, STEPS + 1))
-    tolerance = 2e-3 if name == "bfloat16" else 1e-5
+    in_bfloat16 = name == "bfloat16"
     for ours, theirs in zip(changed, alone, strict=True):
-        assert ours["tokens"] == theirs["tokens"]
-        for key in ("loss", "loss_next_token", "grad_norm", "learning_rate"):
-            loose = 30 * tolerance if key == "grad_norm" else tolerance
-            assert ours[key] == pytest.approx(theirs[key], rel=loose), f"step {ours['step']}: {key}"
+        assert ours["tokens"] == theirs["tokens"] and ours["learning_rate"] == theirs["learning_rate"]
+        for key in ("loss", "loss_next_token"):
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-3 if in_bfloat16 else 1e-5), f"{ours['step']}: {key}"
+        if not in_bfloat16:
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-4), f"step {ours['step']}"
 
 
 @pytest.mark.parametrize("name", ["zero3", "stages", "tied"])

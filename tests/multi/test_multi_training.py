@@ -11,11 +11,12 @@ import torch
 from launch import read_metrics, run_many, without_times
 from run_configs import write_run_config
 
-from data_pipeline import UserError, open_dataset
+from data_pipeline import UserError
 from data_pipeline.prepare import main as prepare
 from pretrain.checkpoints import check_same_run, open_checkpoint
 from pretrain.config import load_config
 from pretrain.distributed import Ranks
+from pretrain.run_data import open_data
 
 LOSSES = ["loss", "loss_next_token", "loss_next_latent", "loss_kl", "grad_norm"]
 RIVALS: dict[str, dict[str, object]] = {
@@ -163,7 +164,7 @@ def test_going_on_as_another_run_is_refused(
 ) -> None:
     checkpoint = open_checkpoint(runs / "zero3").path
     config = load_config(write_run_config(tmp_path, tiny_data, "zero3", changes))
-    arguments = (checkpoint, config, open_dataset(tiny_data), Ranks(0, 2, 0, 2))
+    arguments = (checkpoint, config, open_data(config)[0], Ranks(0, 2, 0, 2))
     if message is None:
         check_same_run(*arguments)
     else:
@@ -176,8 +177,8 @@ def test_going_on_with_other_data_is_refused(runs: Path, tiny_data: Path, tmp_pa
     source = str(tiny_data.parent / "source")
     prepare(["--source", source, "--tokenizer", "bytes", "--validation", "0.2", "--out", str(other)])
     config = load_config(write_run_config(tmp_path, other, "zero3", {}))
-    with pytest.raises(UserError, match=r"made with tokenizer \w{12} \(bytes\), but .* was trained with \w{12} \(sent"):
-        check_same_run(open_checkpoint(runs / "zero3").path, config, open_dataset(other), Ranks(0, 2, 0, 2))
+    with pytest.raises(UserError, match=r"made with the tokenizer \w{12} \(bytes\), not the \w{12} \(sent"):
+        check_same_run(open_checkpoint(runs / "zero3").path, config, open_data(config)[0], Ranks(0, 2, 0, 2))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(

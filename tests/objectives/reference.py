@@ -108,6 +108,10 @@ def smooth_l1(target: Tensor, prediction: Tensor) -> Tensor:
     return total / len(prediction)
 
 
+def mean_square(target: Tensor, prediction: Tensor) -> Tensor:
+    return ((prediction - target) ** 2).sum() / len(prediction)
+
+
 def p_psi(parameters: dict[str, Tensor], state: Tensor, embedding: Tensor) -> Tensor:
     x = rms_norm(torch.cat([embedding, state]), parameters["norm.weight"], PSI_EPSILON)
     x = gelu(parameters["input.weight"] @ x)
@@ -125,8 +129,16 @@ def nextlat(
     next_latent_weight: float,
     kl_weight: float,
     stop_gradients: bool = True,
+    latent_loss: str = "smooth_l1",
+    rollout_loss: str = "kl",
+    stop_gradient_target: bool = True,
+    stop_gradient_head: bool = True,
+    kl_factors: Tensor | None = None,
 ) -> Losses:
-    """The objective over a whole global batch. `stop_gradients=False`: a wrong variant, for contrast."""
+    """The objective over a whole global batch. `stop_gradients=False`: a wrong variant, for contrast.
+
+    kl_factors: (B, T), each KL term is multiplied by its landing's.
+    """
     rows, length = hidden.shape[:2]
     tokens, documents = batch.tokens.tolist(), batch.document_ids.tolist()
     is_target = batch.target_mask.tolist()
@@ -148,11 +160,17 @@ def nextlat(
                 path = documents[b][t : s + 1]
                 if any(document != path[0] or document < 0 for document in path):
                     continue
-                next_latent[i - 1].append(smooth_l1(frozen(hidden[b, s]), state))
+                target = frozen(hidden[b, s]) if stop_gradient_target else hidden[b, s]
+                distance = smooth_l1 if latent_loss == "smooth_l1" else mean_square
+                next_latent[i - 1].append(distance(target, state))
                 if is_target[b][s + 1]:
                     teacher = log_probabilities(frozen(hidden[b, s]), frozen(head))
-                    student = log_probabilities(state, frozen(head))
-                    kl[i - 1].append((teacher.exp() * (teacher - student)).sum())
+                    student = log_probabilities(state, frozen(head) if stop_gradient_head else head)
+                    if rollout_loss == "kl":
+                        term = (teacher.exp() * (teacher - student)).sum()
+                    else:
+                        term = -student[tokens[b][s + 1]]
+                    kl[i - 1].append(term if kl_factors is None else kl_factors[b, s] * term)
 
     def mean(terms: list[Tensor]) -> Tensor:
         total = torch.zeros((), dtype=hidden.dtype)

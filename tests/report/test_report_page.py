@@ -55,6 +55,18 @@ def test_a_baseline_alone_has_one_loss_and_no_drafts(tmp_path: Path) -> None:
     assert "Next latent" not in page and "Draft acceptance" not in page and page.count("<svg") == 3
 
 
+def test_diagnostics_are_drawn_where_a_run_has_them(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path, "ours", "nextlat"), fake_run(tmp_path, "baseline", "next_token")]
+    with (runs[0] / "metrics.jsonl").open("a") as file:
+        record = {"step": 31, "tokens": 63488, "loss": 1.0, "loss_next_token": 1.0, "step_seconds": 1.0}
+        record |= {"hidden_norm": 4.0, "hidden_effective_rank": 20.0, "draft_acceptance": 0.5}
+        file.write(json.dumps(record) + "\n")
+    write_report(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 5
+    assert "Effective rank of h" in page and "Drafts accepted, of 5" in page and "Variance of h" not in page
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     run = fake_run(tmp_path, "ours", "nextlat")
     config = (run / "config.yaml").read_text()

@@ -108,7 +108,7 @@ def test_a_single_source_of_a_mixture_is_read_like_a_path(open_run: Open) -> Non
     assert not alone.is_mixture and mixed.is_mixture
 
 
-def test_best_fit_packing_keeps_documents_whole(open_run: Open, sets: Path) -> None:
+def test_best_fit_packing_keeps_documents_whole(open_run: Open, sets: Path, tmp_path: Path) -> None:
     from data_pipeline.best_fit import main as best_fit
 
     with pytest.raises(UserError, match=r"not packed for this sequence length: run python -m data_pipeline\.best_fit"):
@@ -117,6 +117,9 @@ def test_best_fit_packing_keeps_documents_whole(open_run: Open, sets: Path) -> N
     packed, plain = open_run({"path": WEB, "packing": "best_fit"}), open_run({"path": WEB})
     record = json.loads((sets / "web" / "packing" / "train-48" / "packing.json").read_text())
     assert packed.stream.samples_per_epoch == record["rows"]
+    remote = {"path": f"file://{sets}/web", "cache": str(tmp_path / "c"), "packing": "best_fit"}
+    with pytest.raises(UserError, match="packing is kept beside a local set's shards"):
+        open_run(remote)
     assert "data.packing=best_fit, not end_to_end" in str(data_difference(*map(describe_data, (plain, packed)), 1))
 
 

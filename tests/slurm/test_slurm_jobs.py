@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import cluster
@@ -75,7 +76,8 @@ def test_a_time_limit_warns_saves_requeues_and_goes_on(site: Site, uninterrupted
     rank = python_process({f"SLURM_JOB_ID={job.number}", "SLURM_PROCID=1"})
     os.kill(rank, signal.SIGSTOP)  # the whole run waits for its rank, and so cannot be done before its time is
     job.wait(lambda: is_pending(rank, signal.SIGUSR2))
-    os.kill(rank, signal.SIGCONT)
+    with suppress(ProcessLookupError):
+        os.kill(rank, signal.SIGCONT)
     job.wait(lambda: job.restarts == 1, seconds=90)
     cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")  # this start's steps may be slow as well
     job.end()
@@ -84,8 +86,11 @@ def test_a_time_limit_warns_saves_requeues_and_goes_on(site: Site, uninterrupted
 
 
 def is_pending(process: int, number: signal.Signals) -> bool:
-    """Whether a stopped process has got a signal."""
-    status = Path(f"/proc/{process}/status").read_text()
+    """Whether a stopped process has got a signal, or is gone because it had got it already."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return True
     pending = next(line for line in status.splitlines() if line.startswith("ShdPnd"))
     return bool(int(pending.split()[1], 16) >> (number - 1) & 1)
 

@@ -156,6 +156,7 @@ def page(rows: list[list[str]], size: dict[str, Any], device: torch.device, repe
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
         "FLOPs are those that `pretrain.flops` counts. The paper's: 1.3B parameters, one B200, batches of 33k tokens.",
+        "In a small trunk the head and p_psi are a larger share, so ratios to GPT are larger than there.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -24,21 +24,21 @@ OnTokens = Callable[[int, list[int]], None]
 Decoded = tuple[list[list[int]], DecodingStatistics]
 
 
-def parse_draft(text: str | None, has_dynamics: bool, where: str | Path) -> int | str:
-    """`--draft`: a number of tokens, "auto", or 0 for off. Without one: DEFAULT_DRAFT where p_ψ is there.
+def parse_draft(text: str | None, can_draft: bool, where: str | Path) -> int | str:
+    """`--draft`: a number of tokens, "auto", or 0 for off. Without one: DEFAULT_DRAFT where the model can.
 
-    Raises UserError for anything else, and for drafting without p_ψ.
+    Raises UserError for anything else, and for drafting where the model cannot.
     """
     if text is None:
-        return DEFAULT_DRAFT if has_dynamics else 0
+        return DEFAULT_DRAFT if can_draft else 0
     if text == "off":
         return 0
     if text != "auto" and not (text.isascii() and text.isdigit() and int(text) > 0):
         raise UserError(f"--draft {text}: give a number of tokens of at least 1, auto or off")
-    if not has_dynamics:
+    if not can_draft:
         raise UserError(
             f"--draft {text}: {where} has no latent dynamics model to draft with; use --draft off, or a model "
-            "trained with objective.name=nextlat"
+            "trained with objective.name=nextlat or mtp"
         )
     return text if text == "auto" else int(text)
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if not texts:
         raise UserError("give at least one --prompt TEXT, or --prompts FILE")
     export = load_export(arguments.export)
-    draft = parse_draft(arguments.draft, export.dynamics is not None, arguments.export)
+    draft = parse_draft(arguments.draft, export.can_draft, arguments.export)
     vocabulary = draft_vocabulary(arguments.draft_vocabulary, export) if arguments.draft_vocabulary else None
     prompts = [export.tokenizer(text, verbose=False)["input_ids"] for text in texts]
     longest = max(map(len, prompts))

@@ -110,6 +110,8 @@ def console_line(values: Mapping[str, Any], total_steps: int, seconds_left: floa
     step = values["step"]
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}", f"loss {values['loss']:.4f}"]
     terms = {"loss_next_token": "next-token", "loss_next_latent": "next-latent", "loss_kl": "kl"}
+    terms |= {"loss_multi_token": "multi-token", "loss_joint_token": "joint-token"}
+    terms |= {"loss_previous_token": "previous-token"}
     present = [f"{name} {values[key]:.4f}" for key, name in terms.items() if key in values]
     parts += present if len(present) > 1 else []  # a single term is the loss itself
     parts += [

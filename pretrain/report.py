@@ -34,6 +34,9 @@ LOSS_TERMS = {
     "loss_next_latent": ("Next latent", "SmoothL1"),
     "loss_kl": ("KL of rollout", "nats per token"),
     "loss_rollout_cross_entropy": ("Cross-entropy of rollout", "nats per token"),
+    "loss_multi_token": ("Extra heads of MTP", "nats per token"),
+    "loss_joint_token": ("Joint tokens of JTP", "nats per token"),
+    "loss_previous_token": ("Previous token of BST", "nats per token"),
     "loss": ("Whole objective", "weighted sum"),
 }
 DIAGNOSTICS = {
@@ -138,8 +141,8 @@ def summary_table(runs: list[Run]) -> str:
         "objective": lambda r: r.config.objective.name,
         "steps": lambda r: f"{r.records[-1]['step']:,} of {r.config.total_steps:,}",
         "tokens": lambda r: f"{r.records[-1]['tokens']:,}",
-        "next token": lambda r: f"{r.records[-1]['loss_next_token']:.4f}",
-        "validation": lambda r: _last(r, "val_loss_next_token", "{:.4f}"),
+        "next token": lambda r: f"{r.records[-1]['loss_next_token']:.4f}{_given(r)}",
+        "validation": lambda r: _last(r, "val_loss_next_token", "{:.4f}") + _given(r),
         "bits per byte": lambda r: _evaluated(r, "perplexity", "bits_per_byte", "{:.3f}"),
         "accepted per cycle": lambda r: _evaluated(r, "speculative", "accepted_per_cycle", "{:.2f}"),
         "tokens/s": lambda r: f"{_median(r.curve('tokens_per_second')[1]):,.0f}",
@@ -271,6 +274,11 @@ def _short(value: float) -> str:
         if abs(value) >= factor:
             return f"{value / factor:g}{letter}"
     return f"{value:g}"
+
+
+def _given(run: Run) -> str:
+    """A remark on next-token losses that others' cannot be compared with."""
+    return " given the suffix" if run.config.objective.name == "bst" else ""
 
 
 def _last(run: Run, key: str, form: str) -> str:

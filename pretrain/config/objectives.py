@@ -70,7 +70,7 @@ class BstConfig(Section):
 
     name: Literal["bst"]
     pair_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the pairs of a prefix and a suffix that are trained on, chosen by `run.seed`; pairs with a prefix or
+    """Share of the pairs of a prefix and a suffix that are trained on, drawn for every sample; pairs with a prefix or
     suffix of a single token are always kept."""
 
 

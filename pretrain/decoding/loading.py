@@ -16,8 +16,10 @@ from torch import nn
 from data_pipeline import UserError
 from pretrain.decoding.dynamics_folder import load_dynamics
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_config, llama_name
+from pretrain.decoding.rivals import JointLlama, MultiTokenLlama, load_heads
 from pretrain.latent_dynamics import LatentDynamics
 from pretrain.model import PretrainingModel
+from pretrain.objectives import BeliefState, JointToken, MultiToken
 
 if TYPE_CHECKING:
     from pretrain.checkpoints import Checkpoint
@@ -33,13 +35,18 @@ class Export:
 
     path: Path
     model: Any
-    """transformers' LlamaForCausalLM, in evaluation mode."""
+    """transformers' LlamaForCausalLM, or one of `rivals`, which hold one; in evaluation mode."""
     tokenizer: Any
     """transformers' tokenizer; None for a model that comes straight from a checkpoint."""
     dynamics: LatentDynamics | None
     """p_ψ; None where the objective has none."""
     manifest: dict[str, Any]
     """The content of nextlat_manifest.json, or at least its `dataset`."""
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether there is something to draft with: p_ψ, or what MTP and JTP have."""
+        return self.dynamics is not None or hasattr(self.model, "draft_step")
 
     @property
     def eos_id(self) -> int:
@@ -90,6 +97,9 @@ def load_export(
     _check_sizes(path, manifest)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, dynamics = load_folder(path, dtype)
+    heads = load_heads(path / "mtp", model.config, model.dtype)
+    if heads is not None:
+        model = MultiTokenLlama(model, heads)
     return Export(path, model.to(device), tokenizer, dynamics.to(device) if dynamics is not None else None, manifest)
 
 
@@ -109,6 +119,11 @@ def draft_vocabulary(choice: str, export: Export) -> list[int]:
 
     Raises UserError for a file that is no list of the model's token ids, or where frequencies were not recorded.
     """
+    if export.dynamics is None:
+        raise UserError(
+            f"--draft-vocabulary {choice}: {export.path} has no latent dynamics model, whose drafts it "
+            "limits; leave it out"
+        )
     if choice.isascii() and choice.isdigit():
         ranks = export.path / TOKEN_RANKS
         if not ranks.is_file():
@@ -144,10 +159,15 @@ def load_trained(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
 
 
 def load_checkpoint_as_llama(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Export:
-    """A checkpoint's trunk as LlamaForCausalLM in float32, with no folder between; it has no tokenizer."""
+    """A checkpoint's trunk as LlamaForCausalLM in float32, with no folder between; it has no tokenizer.
+
+    Raises UserError for BST, which cannot be decoded with.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     trained = load_trained(checkpoint)
+    if isinstance(trained.objective, BeliefState):
+        raise UserError(f"{checkpoint.path}: objective.name=bst cannot be decoded with; evaluate its perplexity")
     eos_id = int(checkpoint.dataset["eos_id"])
     shape = llama_config(checkpoint.config, checkpoint.vocab_size, eos_id, torch.float32)
     model = LlamaForCausalLM(LlamaConfig(**shape))
@@ -157,6 +177,11 @@ def load_checkpoint_as_llama(checkpoint: Checkpoint, device: torch.device | str 
             _assign(model, target, parameter.data)
     model.tie_weights()
     dynamics = getattr(trained.objective, "dynamics", None)
+    match trained.objective:
+        case MultiToken(heads=heads):
+            model = MultiTokenLlama(model, heads)
+        case JointToken(fetch=fetch):
+            model = JointLlama(model, fetch)
     return Export(
         checkpoint.path,
         model.eval().to(device),

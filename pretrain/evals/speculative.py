@@ -136,11 +136,11 @@ def picture(result: dict[str, Any]) -> Figure:
 
 
 def check(subject: Subject, dataset: Dataset, limit: int | None) -> None:
-    """Needs p_ψ and prompts."""
-    if not subject.has_dynamics:
+    """Needs something to draft with, and prompts."""
+    if not subject.can_draft:
         raise UserError(
             f"{subject.path}: has no latent dynamics model to draft with; the suite speculative needs a model "
-            "trained with objective.name=nextlat"
+            "trained with objective.name=nextlat, mtp or jtp"
         )
     cut_prompts(subject, dataset, 1)
 

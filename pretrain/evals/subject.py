@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_pipeline import Dataset, UserError, open_dataset
 from pretrain.decoding.loading import MANIFEST, Export, load_checkpoint_as_llama, load_export, load_trained
+from pretrain.decoding.rivals import DRAFTING_OBJECTIVES
 from pretrain.objectives import TokenBatch
 from pretrain.transformer import document_mask
 
@@ -29,11 +30,12 @@ class Subject:
     dataset: dict[str, Any]
     """The data set that it was trained on, as its checkpoint recorded it."""
     hidden_states: Callable[[TokenBatch], Tensor]
-    """Final hidden states (B, T, D) of the first T tokens of a batch; documents do not see each other."""
+    """What the head reads to predict the next token, (B, T, D), at the first T tokens of a batch: final hidden states,
+    unless the objective has more between. Documents do not see each other."""
     head_VD: Tensor
     decoder: Callable[[], Export]
     """The same model to decode with, built when it is asked for."""
-    has_dynamics: bool
+    can_draft: bool
     device: torch.device
 
     def described(self) -> dict[str, Any]:
@@ -90,10 +92,10 @@ def _open_checkpoint(path: Path) -> Subject:
         tokens=checkpoint.tokens,
         sequence_length=checkpoint.config.data.sequence_length,
         dataset=checkpoint.dataset,
-        hidden_states=lambda batch: model.trunk_states(batch).hidden,
+        hidden_states=lambda batch: model.next_token_states(batch, int(checkpoint.dataset["eos_id"])),
         head_VD=model.lm_head.weight,
         decoder=lambda: load_checkpoint_as_llama(checkpoint, device),
-        has_dynamics=hasattr(model.objective, "dynamics"),
+        can_draft=checkpoint.config.objective.name in DRAFTING_OBJECTIVES,
         device=device,
     )
 
@@ -101,9 +103,10 @@ def _open_checkpoint(path: Path) -> Subject:
 def _open_export(path: Path) -> Subject:
     export = load_export(path)
     source = export.manifest["source"]
+    llama = getattr(export.model, "llama", export.model)
 
     def hidden_states(batch: TokenBatch) -> Tensor:
-        return export.model.model(
+        return llama.model(
             input_ids=batch.tokens[:, :-1],
             position_ids=batch.positions[:, :-1].long(),
             attention_mask=document_mask(batch.document_ids[:, :-1]),
@@ -118,8 +121,8 @@ def _open_export(path: Path) -> Subject:
         sequence_length=export.manifest["config"]["data"]["sequence_length"],
         dataset=export.manifest["dataset"],
         hidden_states=hidden_states,
-        head_VD=export.model.lm_head.weight,
+        head_VD=llama.lm_head.weight,
         decoder=lambda: export,
-        has_dynamics=export.dynamics is not None,
+        can_draft=export.can_draft,
         device=export.model.device,
     )

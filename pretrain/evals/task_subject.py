@@ -40,10 +40,11 @@ test_task.__test__ = False  # type: ignore[attr-defined]  # its name looks like 
 
 def latent_dynamics(subject: Subject) -> tuple[LatentDynamics, Tensor] | None:
     """p_ψ and the token embeddings (V, D) that it reads; None where the objective has no p_ψ."""
-    if not subject.has_dynamics:
+    if not subject.can_draft:
         return None
     decoder = subject.decoder()
-    assert decoder.dynamics is not None
+    if decoder.dynamics is None:  # MTP and JTP draft otherwise
+        return None
     return decoder.dynamics, decoder.model.get_input_embeddings().weight
 
 

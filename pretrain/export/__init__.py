@@ -5,6 +5,7 @@
     DIR/tokenizer.json, tokenizer_config.json
     DIR/nextlat/config.json, model.safetensors        p_ψ, where the objective has it
     DIR/custom_generate/                              with it: drafting inside transformers' own `generate`
+    DIR/mtp/config.json, model.safetensors            MTP's extra heads, likewise
     DIR/README.md                                     a model card
     DIR/nextlat_manifest.json                         source, config, what was verified, sha256 of each file
 
@@ -28,9 +29,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from data_pipeline import UserError
-from pretrain.config import NextLatConfig
+from pretrain.config import Config, MtpConfig, NextLatConfig
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_config, llama_name
 from pretrain.decoding.loading import MANIFEST, check_names
+from pretrain.decoding.rivals import HEADS_PREFIX
 from pretrain.export.custom_generate import write_custom_generate
 from pretrain.export.model_card import model_card
 from pretrain.export.token_ranks import write_token_ranks
@@ -75,14 +77,14 @@ def export(
     out = Path(out)
     torch_dtype = DTYPES[dtype]
     _check_target(out, overwrite)
-    trunk, dynamics = _plan(checkpoint)
-    _check_room(out, sum(plan.bytes(torch_dtype) for plan in trunk + dynamics))
+    trunk, drafter = _plan(checkpoint)
+    _check_room(out, sum(plan.bytes(torch_dtype) for plan in trunk + drafter))
     unfinished = out.with_name(f".{out.name}.exporting")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        with _progress(len(trunk) + len(dynamics), console) as advance:
-            _write(unfinished, checkpoint, trunk, dynamics, torch_dtype, shard_bytes, advance)
+        with _progress(len(trunk) + len(drafter), console) as advance:
+            _write(unfinished, checkpoint, trunk, drafter, torch_dtype, shard_bytes, advance)
             advance("verifying", 0)
             measured = verify_export(unfinished, checkpoint, torch_dtype)
         (unfinished / "README.md").write_text(model_card(checkpoint, dtype, measured), encoding="utf-8")
@@ -94,30 +96,36 @@ def export(
 
 
 def _plan(checkpoint: Checkpoint) -> tuple[list[Plan], list[Plan]]:
-    """Every weight of the model exactly once: those of LlamaForCausalLM, and those of p_ψ."""
+    """Every weight of the model exactly once: those of LlamaForCausalLM, and those that draft.
+
+    Raises UserError for an objective that needs more to predict the next token: a folder that loads as a Llama and is
+    not the model that was trained would be worse than none.
+    """
     with torch.device("meta"):
         model = PretrainingModel(checkpoint.config, checkpoint.vocab_size)
+    if model.objective.needed_at_inference:
+        raise UserError(
+            f"{checkpoint.path}: objective.name={checkpoint.config.objective.name} predicts the next token with "
+            "modules of its own, which LlamaForCausalLM has no place for; evaluate the checkpoint itself with "
+            "python -m pretrain.evaluate"
+        )
     check_names(model, checkpoint)
-    trunk, dynamics = [], []
+    trunk, drafter = [], []
     for name, parameter in model.named_parameters():
         target = llama_name(name)
         if target is not None:
             trunk.append(Plan(target, name, tuple(parameter.shape)))
-        elif name.startswith(DYNAMICS_PREFIX):
-            dynamics.append(Plan(name.removeprefix(DYNAMICS_PREFIX), name, tuple(parameter.shape)))
         else:
-            raise UserError(
-                f"{checkpoint.path}: {name} has no place in LlamaForCausalLM; objective.name="
-                f"{checkpoint.config.objective.name} cannot be exported"
-            )
-    return trunk, dynamics
+            own = name.removeprefix(DYNAMICS_PREFIX).removeprefix(HEADS_PREFIX)
+            drafter.append(Plan(own, name, tuple(parameter.shape)))
+    return trunk, drafter
 
 
 def _write(
     folder: Path,
     checkpoint: Checkpoint,
     trunk: list[Plan],
-    dynamics: list[Plan],
+    drafter: list[Plan],
     dtype: torch.dtype,
     shard_bytes: int,
     advance: Callable[[str, int], None],
@@ -134,23 +142,33 @@ def _write(
     generation = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id, "do_sample": False}
     _write_json(folder / "generation_config.json", generation)
     write_tokenizer(checkpoint.tokenizer(), eos_id, config.data.sequence_length, folder)
-    if dynamics:
-        assert isinstance(config.objective, NextLatConfig)
-        write_safetensors(folder / "nextlat" / "model.safetensors", dynamics, read, dtype)
-        described = {
-            "width": config.model.width,
-            "hidden_width": config.objective.dynamics_width,
-            "norm_epsilon": LatentDynamics.norm_epsilon,
-            "horizon": config.objective.horizon,
-            "next_latent_weight": config.objective.next_latent_weight,
-            "kl_weight": config.objective.kl_weight,
-            "step": checkpoint.step,
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-        _write_json(folder / "nextlat" / "config.json", described)
+    if drafter:
+        subfolder, described = _describe_drafter(config)
+        described |= {"step": checkpoint.step, "dtype": str(dtype).removeprefix("torch.")}
+        write_safetensors(folder / subfolder / "model.safetensors", drafter, read, dtype)
+        _write_json(folder / subfolder / "config.json", described)
+    if isinstance(config.objective, NextLatConfig):
         write_token_ranks(folder, checkpoint.dataset)
         write_custom_generate(folder)
     write_weights(folder, trunk, read, dtype, shard_bytes)
+
+
+def _describe_drafter(config: Config) -> tuple[str, dict[str, Any]]:
+    """The folder that what drafts goes into, and the content of its config.json."""
+    match config.objective:
+        case NextLatConfig() as objective:
+            return "nextlat", {
+                "width": config.model.width,
+                "hidden_width": objective.dynamics_width,
+                "norm_epsilon": LatentDynamics.norm_epsilon,
+                "horizon": objective.horizon,
+                "next_latent_weight": objective.next_latent_weight,
+                "kl_weight": objective.kl_weight,
+            }
+        case MtpConfig() as objective:
+            return "mtp", {"horizon": objective.horizon, "multi_token_weight": objective.multi_token_weight}
+        case other:
+            raise AssertionError(f"{other.name} has nothing that drafts beside a Llama")
 
 
 def _write_manifest(folder: Path, checkpoint: Checkpoint, dtype: str, measured: dict[str, Any]) -> None:

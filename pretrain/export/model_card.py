@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pretrain.config import NextLatConfig
+from pretrain.config import MtpConfig, NextLatConfig
 
 if TYPE_CHECKING:
     from pretrain.checkpoints import Checkpoint
@@ -23,6 +23,13 @@ def model_card(checkpoint: Checkpoint, dtype: str, measured: dict[str, Any]) -> 
         )
         drafting = """
 `nextlat/` holds the latent dynamics model, which plain inference ignores and which drafts tokens:
+
+    python -m pretrain.generate DIR --prompt "def main(" --draft auto --stats
+"""
+    elif isinstance(objective, MtpConfig):
+        aim = f"multi-token prediction with {objective.horizon} extra heads, weight {objective.multi_token_weight:g}"
+        drafting = """
+`mtp/` holds the extra heads, which plain inference ignores and which draft tokens:
 
     python -m pretrain.generate DIR --prompt "def main(" --draft auto --stats
 """

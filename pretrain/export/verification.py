@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline import UserError
 from pretrain.decoding.loading import load_folder, load_trained
+from pretrain.decoding.rivals import MultiTokenLlama, load_heads
+from pretrain.decoding.trunk import CachedTrunk
 from pretrain.export.fuzz import check_tokenizer
 from pretrain.model import PretrainingModel
 
@@ -27,7 +29,8 @@ FUZZ_TEXTS = 2_400
 def verify_export(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
     """Compare a written folder with its checkpoint; what was measured. Raises UserError at a difference.
 
-    - Arithmetic and names: logits, and p_ψ's rollout, in float32 on the very weights that the folder holds.
+    - Arithmetic and names: logits, and p_ψ's rollout or the extra heads' states, in float32 on the very weights that
+      the folder holds.
     - Greedy text: transformers' own `generate` with its cache, each token the trained model's best.
     - Precision: log-probabilities in the folder's own dtype against the unrounded model.
     - Tokenizer: ids and texts over FUZZ_TEXTS awkward strings.
@@ -44,6 +47,9 @@ def verify_export(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> d
         next_BTD, rollout_BTD = trained.trunk.embed_tokens(tokens_BT)[:, 1:], hidden_BTD[:, :-1]
         ours = trained.objective.get_submodule("dynamics").step(rollout_BTD, next_BTD)  # type: ignore[operator]
         _require(float((dynamics.step(rollout_BTD, next_BTD) - ours).abs().max()), TOLERANCE * scale, "p_psi's states")
+    heads = load_heads(folder / "mtp", exported.config, torch.float32)
+    if heads is not None:
+        _require(_difference_of_heads(trained, exported, heads, tokens_BT), TOLERANCE * scale, "extra heads' states")
     greedy = _check_greedy(trained, exported, tokens_BT, scale)
     texts = check_tokenizer(checkpoint.tokenizer(), tokenizer, eos_id, FUZZ_TEXTS)
 
@@ -77,6 +83,18 @@ def _trained_logits(model: PretrainingModel, tokens_BT: Tensor) -> tuple[Tensor,
     positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
     hidden_BTD = model.trunk(tokens_BT, torch.zeros_like(tokens_BT), positions_BT).hidden
     return hidden_BTD, model.lm_head(hidden_BTD)
+
+
+def _difference_of_heads(trained: PretrainingModel, exported: Any, heads: nn.ModuleList, tokens_BT: Tensor) -> float:
+    """Largest difference between the states of MTP's extra heads, as training makes them and as decoding does."""
+    positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+    states = trained.trunk(tokens_BT, torch.zeros_like(tokens_BT), positions_BT)
+    inputs = (states.before_last_block, states.rotation, states.mask)
+    ours = [head(*inputs) for head in trained.objective.heads]  # type: ignore[union-attr]
+    theirs = CachedTrunk(MultiTokenLlama(exported, heads)).read(
+        tokens_BT, torch.zeros(len(tokens_BT), dtype=torch.long)
+    )
+    return float((theirs - torch.cat([states.hidden, *ours], dim=-1)).abs().max())
 
 
 def _check_greedy(trained: PretrainingModel, exported: Any, tokens_BT: Tensor, scale: float) -> int:

@@ -34,4 +34,4 @@ def build_objective(config: Config) -> Objective:
         case JtpConfig() as objective:
             return JointToken(objective, config.model)
         case BstConfig() as objective:
-            return BeliefState(objective, config.model, config.run.seed)
+            return BeliefState(objective, config.model)

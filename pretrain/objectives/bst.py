@@ -102,26 +102,25 @@ class BeliefState(Objective):
     Args:
         config: the run's objective section.
         model: the trunk's shape.
-        seed: the run's, which chooses the pairs where not all are kept.
     """
 
     needed_at_inference = True
 
-    def __init__(self, config: BstConfig, model: ModelConfig, seed: int):
+    def __init__(self, config: BstConfig, model: ModelConfig):
         super().__init__()
-        self.fraction, self.seed = config.pair_fraction, seed
+        self.fraction = config.pair_fraction
         self.backward_encoder = BackwardEncoder(model)
         self.pair_head = PairHead(model)
 
     def valid_counts(self, batch: TokenBatch) -> Tensor:
         """(1,) float64: the pairs that are trained on."""
-        return torch.tensor([len(kept_pairs(batch, self.fraction, self.seed))], device=batch.tokens.device).double()
+        return torch.tensor([len(kept_pairs(batch, self.fraction))], device=batch.tokens.device).double()
 
     def forward(self, states: TrunkStates, batch: TokenBatch, head: nn.Module, counts: Tensor) -> dict[str, Tensor]:
         """See `Objective.forward`. `loss_next_token` knows the suffix, so it is below that of other objectives."""
         documents_BT = backward_documents(batch)
         backward_BTD = self.backward_encoder(states.embeddings, documents_BT, backward_positions(documents_BT))
-        pairs_P3 = kept_pairs(batch, self.fraction, self.seed)
+        pairs_P3 = kept_pairs(batch, self.fraction)
         row, t, s = pairs_P3.unbind(1)
         targets_2P = torch.stack([batch.tokens[row, t + 1], batch.tokens[row, s - 1]])
         weights_2P = mean_weights(torch.ones_like(targets_2P), counts[0])

@@ -43,36 +43,36 @@ def backward_positions(backward_documents_BT: Tensor) -> Tensor:
     return ends_BT.flip(1).cummin(1).values.flip(1) - columns_T
 
 
-def kept_pairs(batch: TokenBatch, fraction: float, seed: int) -> Tensor:
+def kept_pairs(batch: TokenBatch, fraction: float) -> Tensor:
     """(P, 3) int64: row, t and s of each pair that is trained on, in that order.
 
     A pair counts where x_{t+1} is a target; a prompt begins its document, so then x_{s−1} is one as well, unless
     nothing lies between.
 
-    Of the pairs a `fraction` is kept. Which ones follows from the seed, the row's tokens and the places alone: not
-    from rank, step or device, so that a batch may be spread and a run resumed at will. Pairs whose prefix is the
-    document's first token, or whose suffix is its last EOS, are always kept, as the authors do: the latter are what
-    the next token without a known suffix is predicted from.
+    Of the pairs a `fraction` is kept. Which ones follows from the row's seed and the places alone, on any device; rows
+    without seeds (validation) keep the same places. Pairs whose prefix is the document's first token, or whose suffix
+    is its last EOS, are always kept, as the authors do: the latter are what the next token without a known suffix is
+    predicted from. (Their fraction is one of all pairs, and of a running mean of those, so that what is kept depends
+    on what was read before.)
     """
     documents_BT, suffix_documents_BT = batch.document_ids[:, :-1], backward_documents(batch)
     pair_BTT = documents_BT[:, :, None] == suffix_documents_BT[:, None, :]
     pair_BTT &= (next_token_mask(batch) & (documents_BT >= 0))[:, :, None]
     pair_BTT = pair_BTT.triu(1)
     if fraction < 1:
+        seeds_B = torch.tensor(batch.row_seeds or (0,) * len(documents_BT), device=documents_BT.device)
         opening_BT, closing_BT = batch.positions[:, :-1] == 0, suffix_documents_BT != documents_BT
         always_BTT = opening_BT[:, :, None] | closing_BT[:, None, :]
-        pair_BTT &= always_BTT | (_uniform(batch.tokens, documents_BT.shape[1], seed) < fraction)
+        pair_BTT &= always_BTT | (_uniform(seeds_B, documents_BT.shape[1]) < fraction)
     return pair_BTT.nonzero()
 
 
-def _uniform(tokens: Tensor, length: int, seed: int) -> Tensor:
-    """(B, length, length) float64 in [0, 1): a hash of the seed, the row's tokens, and both places."""
-    places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-    row_B = (_mix(tokens + _STRIDES[0] * places) * (2 * places + 1)).sum(1)
-    row_B = _mix(row_B + seed * _STRIDES[1])
-    t_T, s_T = (_mix(places[:length] * stride) for stride in _STRIDES)
-    hashed = _mix(row_B[:, None, None] ^ (t_T[:, None] + s_T * 3))
-    return (hashed & (2**_BITS - 1)).double() / 2**_BITS
+def _uniform(seeds_B: Tensor, length: int) -> Tensor:
+    """(B, length, length) float64 in [0, 1): a hash of the row's seed and both places."""
+    places_T = torch.arange(1, length + 1, device=seeds_B.device)
+    t_T, s_T = (_mix(places_T * stride) for stride in _STRIDES)
+    hashed_BTT = _mix(_mix(seeds_B)[:, None, None] ^ (t_T[:, None] + s_T))
+    return (hashed_BTT & (2**_BITS - 1)).double() / 2**_BITS
 
 
 def _mix(values: Tensor) -> Tensor:

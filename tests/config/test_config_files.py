@@ -14,7 +14,10 @@ LARGE = sorted((CONFIGS / "fineweb_edu_1b").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_a_config_loads(path: Path):
-    assert isinstance(load_config(path), Config)
+    """Those in deepspeed/ are that section alone."""
+    section = path.parent.name == "deepspeed"
+    config = load_config(CONFIGS / "quickstart.yaml", [f"deepspeed=@{path}"]) if section else load_config(path)
+    assert isinstance(config, Config)
 
 
 def test_the_large_runs_cover_every_objective_and_differ_in_it_and_in_the_name_alone():

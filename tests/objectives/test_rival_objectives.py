@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pretrain.config import Config
 from pretrain.model import PretrainingModel, initialise
-from pretrain.objectives import TokenBatch, chunked_loss
+from pretrain.objectives import TokenBatch, chunked_loss, row_seeds
 from pretrain.objectives.pairs import kept_pairs
 
 VOCAB, COLUMNS = 11, 13
@@ -136,7 +137,13 @@ def test_chunk_size_changes_no_loss_and_no_gradient(
     model, batch = make_model(config), packed_batch()
     expected, expected_gradients = run(model, [batch])
     asked = []
-    monkeypatch.setattr(chunked_loss, "positions_per_chunk", lambda *shape: asked.append(shape) or positions)
+    original = chunked_loss._ChunkedCrossEntropy.apply
+
+    def with_chunk(*arguments):
+        asked.append(arguments[4])
+        return original(*arguments[:4], positions, *arguments[5:])
+
+    monkeypatch.setattr(chunked_loss._ChunkedCrossEntropy, "apply", with_chunk)
     values, gradients = run(model, [batch])
     assert asked
     assert_equal(values, expected)
@@ -152,7 +159,7 @@ def test_a_chunk_keeps_within_the_budget_of_logits(objective: dict[str, Any], mo
     rows, original = [], torch.log_softmax
     monkeypatch.setattr(torch, "log_softmax", lambda x, **given: rows.append(x.numel()) or original(x, **given))
     run(model, [batch])
-    positions = len(kept_pairs(batch, 1.0, 0)) if objective is BST else batch.tokens[:, 1:].numel()
+    positions = len(kept_pairs(batch, 1.0)) if objective is BST else batch.tokens[:, 1:].numel()
     assert sum(rows) == streams * positions * VOCAB
     assert max(rows) * 8 * 2 <= budget and len(rows) > 3
 
@@ -170,7 +177,7 @@ def test_micro_batches_of_unequal_validity_add_up_to_the_whole_batch(objective: 
 @EACH
 def test_padding_and_its_tokens_add_nothing(objective: dict[str, Any]):
     model, batch = make_model(make_config(objective)), packed_batch()
-    without = TokenBatch(*(torch.cat([x[:5], x[6:]]) for x in vars(batch).values()))
+    without = TokenBatch(*(torch.cat([x[:5], x[6:]]) for x in vars(batch).values() if x is not None))
     expected, expected_gradients = run(model, [without])
     other_tokens = torch.where(batch.document_ids < 0, (batch.tokens + 5) % VOCAB, batch.tokens)
     values, gradients = run(model, [TokenBatch(other_tokens, batch.document_ids, batch.positions, batch.target_mask)])
@@ -235,20 +242,20 @@ def test_counts_of_tokens_ahead_equal_a_count_by_hand():
 def test_pairs_equal_every_prefix_with_every_suffix():
     # columns:   0 1 2 | 3 4 5 6 7 8 9 10 11 12(not read)       prompt of 6 in the second
     batch = make_batch([[3, 10]], COLUMNS, VOCAB, [[0, 6]])
-    pairs = {tuple(pair) for pair in kept_pairs(batch, 1.0, 0).tolist()}
+    pairs = {tuple(pair) for pair in kept_pairs(batch, 1.0).tolist()}
     first = {(0, t, s) for t, s in [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]}  # 3 is the EOS that closes it
     second = {(0, t, s) for t, s in [(9, 10), (9, 11), (10, 11)]}  # x_{t+1} is a target from 10 on
     assert pairs == first | second
     for seed in range(20):
         batch = random_batch(seed)
-        assert kept_pairs(batch, 1.0, 0).tolist() == [list(pair) for pair in all_pairs(batch)]
-    assert kept_pairs(packed_batch(), 1.0, 0).tolist() == [list(pair) for pair in all_pairs(packed_batch())]
+        assert kept_pairs(batch, 1.0).tolist() == [list(pair) for pair in all_pairs(batch)]
+    assert kept_pairs(packed_batch(), 1.0).tolist() == [list(pair) for pair in all_pairs(packed_batch())]
 
 
 def test_a_fraction_of_the_pairs_is_unbiased_seeded_and_the_same_wherever_the_row_lies():
-    batch = make_batch([[200, 57]] * 8, 257, 1000)
-    everything = {tuple(pair) for pair in kept_pairs(batch, 1.0, 1).tolist()}
-    kept = {tuple(pair) for pair in kept_pairs(batch, 0.1, 1).tolist()}
+    batch = replace(make_batch([[200, 57]] * 8, 257, 1000), row_seeds=row_seeds(1, range(8)))
+    everything = {tuple(pair) for pair in kept_pairs(batch, 1.0).tolist()}
+    kept = {tuple(pair) for pair in kept_pairs(batch, 0.1).tolist()}
     always = {(b, t, s) for b, t, s in everything if t in (0, 200) or (t < 200 <= s)}
     assert always < kept < everything
     chance, spread = 0.1, 5 * (0.1 * 0.9 / (len(everything) - len(always))) ** 0.5
@@ -256,16 +263,20 @@ def test_a_fraction_of_the_pairs_is_unbiased_seeded_and_the_same_wherever_the_ro
     gaps, kept_gaps = ([s - t for _, t, s in pairs - always] for pairs in (everything, kept))
     assert sum(kept_gaps) / len(kept_gaps) == pytest.approx(sum(gaps) / len(gaps), rel=0.02)
     rows = [{(t, s) for b, t, s in kept if b == row} for row in range(8)]
-    assert len({frozenset(row) for row in rows}) == 8  # rows of different tokens keep different pairs
-    moved = kept_pairs(rows_of(batch, slice(3, 5)), 0.1, 1).tolist()
+    assert len({frozenset(row) for row in rows}) == 8
+    moved = replace(rows_of(batch, slice(3, 5)), row_seeds=batch.row_seeds[3:5])
+    moved = kept_pairs(moved, 0.1).tolist()
     assert {(t, s) for b, t, s in moved if b == 0} == rows[3] and {(t, s) for b, t, s in moved if b == 1} == rows[4]
-    assert {tuple(pair) for pair in kept_pairs(batch, 0.1, 2).tolist()} != kept
+    other_seeds = replace(batch, row_seeds=row_seeds(2, range(8)))
+    assert {tuple(pair) for pair in kept_pairs(other_seeds, 0.1).tolist()} != kept
+    unseeded = kept_pairs(replace(batch, row_seeds=None), 0.1).tolist()
+    assert len({frozenset((t, s) for b, t, s in unseeded if b == row) for row in range(8)}) == 1
 
 
 def test_bst_with_a_fraction_of_the_pairs_equals_the_formula_over_those():
     config = make_config({"name": "bst", "pair_fraction": 0.3})
     model, batch = make_model(config), packed_batch()
-    pairs = [tuple(pair) for pair in kept_pairs(batch, 0.3, config.run.seed).tolist()]
+    pairs = [tuple(pair) for pair in kept_pairs(batch, 0.3).tolist()]
     assert len(pairs) < len(all_pairs(batch))
     expected, expected_gradients = losses_and_gradients(model, config, batch, pairs=pairs)
     values, gradients = run(model, [batch])
@@ -289,3 +300,22 @@ def test_the_next_token_at_inference_is_what_the_objective_trained(objective: di
     expected, _ = losses_and_gradients(model, config, batch, pairs=pairs)
     picked = log_p[0, :5].gather(1, batch.tokens[0, 1:6, None])
     assert expected["loss_next_token"].item() == pytest.approx(-picked.mean().item(), rel=1e-10)
+
+
+def test_bfloat16_adds_gradients_up_over_many_chunks_in_float32():
+    """A thousand parts, each below the rounding of their sum: in bfloat16 it would stand still."""
+    positions, width = 1000, 8
+    generator = torch.Generator().manual_seed(0)
+    source_D, head_VD = (torch.randn(*shape, generator=generator) for shape in ((width,), (VOCAB, width)))
+    targets, weights = torch.full((1, positions), 3), torch.full((1, positions), 1 / positions)
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (source_D, head_VD)]
+        loss, _ = chunked_loss.cross_entropy_of_made_streams(
+            lambda here, source: source.expand(1, here.stop - here.start, width),
+            leaves[:1], leaves[1], targets, weights, torch.ones(1), memory_budget_bytes=1,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, leaves)
+
+    for actual, expected in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):
+        assert relative_error(actual, expected) < 2e-2

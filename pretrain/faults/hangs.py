@@ -52,6 +52,7 @@ class HangMonitor:
         self.logs = self.run / "logs"
         self.ranks = ranks
         self._limit = 60 * config.faults.hang_minutes
+        self._interval = min(5.0, self._limit / 10)
         self._slow_limit = max(self._limit, 60 * config.faults.slow_phase_minutes)
         self._heart = Heart(ranks.rank, silent_after=self._limit / 2)
         self._first_step: int | None = None
@@ -85,7 +86,7 @@ class HangMonitor:
         self._heart.beat(step, phase, self._slow_limit if slow else self._limit)
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(5.0, self._limit / 10)):
+        while not self._closed.wait(self._interval):
             try:
                 self._heart.write(self.logs)
                 if self._heart.last.overdue(time.time()) and self._nobody_gets_on():
@@ -119,12 +120,14 @@ class HangMonitor:
         os._exit(EXIT_HUNG)
 
     def _still_in(self, stuck: Beat) -> bool:
-        """Whether this rank is in the same phase as before when a time of grace is over."""
-        self._closed.wait(GRACE_SECONDS)
-        got_on = self._closed.is_set() or self._heart.last is not stuck
-        if got_on:
-            print(f"warning: {stuck.in_words(time.time())}; it gets on again", file=sys.stderr, flush=True)
-        return not got_on
+        """Whether this rank is in the same phase as before when a time of grace is over. Its heart beats meanwhile."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            if self._closed.wait(self._interval) or self._heart.last is not stuck:
+                print(f"warning: {stuck.in_words(time.time())}; it gets on again", file=sys.stderr, flush=True)
+                return False
+            self._heart.write(self.logs)
+        return True
 
     def _beats(self) -> dict[int, Beat]:
         return read_beats(self.logs, self.ranks.world)

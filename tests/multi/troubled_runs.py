@@ -91,5 +91,6 @@ if __name__ == "__main__":
             with TROUBLES[trouble](config):
                 train(config)
         except UserError as error:
-            print(f"rank {os.environ['RANK']} error: {error}", flush=True)
+            sys.stdout.write(f"rank {os.environ['RANK']} error: {error}\n")  # print would write its newline apart
+            sys.stdout.flush()
     dist.destroy_process_group()

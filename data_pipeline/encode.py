@@ -25,7 +25,6 @@ from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import is_validation
 from data_pipeline.workers import Workers
 
-
 SHARD_SAMPLES = 1 << 14  # of a task
 VALIDATION = 99  # the purpose of a task's random bits that choose the validation split
 
@@ -57,7 +56,8 @@ def encode_all(
 ) -> tuple[dict[int, dict[str, Any]], Counter[str], int]:
     """Write every shard of ours that is not finished.
 
-    task: whose samples are made, where the source is one. Returns the records of ours by shard number, what was skipped in the source, and how many shards there are in all.
+    task: whose samples are made, where the source is one.
+    Returns the records of ours by shard number, what was skipped in the source, and how many shards there are in all.
     """
     skipped: Counter[str] = Counter()
     documents = islice(source.read(skipped), settings["limit"])

@@ -66,10 +66,10 @@ def prepare(
     """Prepare a data set in `out`, or go on with one that was stopped, or return it if it is complete.
 
     tokenizer: None for a task, which has a vocabulary of its own. workers: processes that encode, by default one for
-    each core. field: of records that holds the text. validation: fraction of documents, chosen by content hash. limit: first documents only. shard_bytes: text in a
-    shard. invalid: "error", or "skip" to leave out and count records that are not text. part: "i/n" to make the
-    i-th of n parts, in which case there is no data set yet and None is returned. Raises UserError for whatever a
-    user can mend; what is finished stays for the next run.
+    each core. field: of records that holds the text. validation: fraction of documents, chosen by content hash. limit:
+    first documents only. shard_bytes: text in a shard. invalid: "error", or "skip" to leave out and count records that
+    are not text. part: "i/n" to make the i-th of n parts, in which case there is no data set yet and None is returned.
+    Raises UserError for whatever a user can mend; what is finished stays for the next run.
     """
     console = console or Console(stderr=True)
     workers = _available_cores() if workers is None else workers

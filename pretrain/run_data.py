@@ -139,8 +139,8 @@ def check_labels(config: Config, datasets: dict[str, Dataset]) -> None:
     labelled = [name for name, dataset in datasets.items() if dataset.split("train").has_labels]
     if labelled and config.objective.name not in ("next_token", "nextlat"):
         raise UserError(
-            f"{labelled[0]}: its tokens are answered with labels, which objective.name={config.objective.name} does not "
-            "know; use next_token or nextlat"
+            f"{labelled[0]}: its tokens are answered with labels, which objective.name={config.objective.name} does "
+            "not know; use next_token or nextlat"
         )
 
 

@@ -1,10 +1,10 @@
 """The map that a model's walks imply: true streets where they explain a walk, new ones only where none does.
 
 Each walk starts at its origin and follows true streets, and streets added before, as far as they go. Where no street
-of the wanted heading leads on, one is added: to the crossing, within RADIUS of here, from which known streets follow the
-rest of the walk furthest, or to the destination where one turn is left. An added street is one that the city does not
-have: it is false. A walk that cannot be explained so is counted and left out. After the reconstruction of Vafa et al.,
-with one street for each crossing and heading.
+of the wanted heading leads on, one is added: to the crossing, within RADIUS of here, from which known streets follow
+the rest of the walk furthest, or to the destination where one turn is left. Added streets are those that the city does
+not have: false ones. A walk that cannot be explained so is counted and left out. After the reconstruction of Vafa et
+al., with one street for each crossing and heading.
 """
 
 from __future__ import annotations

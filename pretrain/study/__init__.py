@@ -1,0 +1,1 @@
+"""Studies: configs × seeds, trained, evaluated and written up by one command."""

@@ -21,6 +21,7 @@ from pretrain.objectives.nextlat import rollout_mask
 
 SEQUENCES = 8
 DRAFT_TOKENS = 5
+LOGIT_POSITIONS = 1024
 RANKED_STATES = 512
 """States whose effective rank is taken: its price grows with their square."""
 
@@ -122,16 +123,22 @@ def _draft_parts(
     is the trunk's likeliest token after h_{t+i} and all drafts before it stood. On text that the trunk itself writes,
     these are exactly the drafts that greedy speculative decoding accepts (its free first token is not a draft).
     """
-    choice_BT = model.lm_head(hidden_BTD).argmax(-1)
+    choice_BT = _likeliest_tokens(model, hidden_BTD)
     length = len(rollouts_dBTD)
     whole_BS = mask_dBT[-1][:, length:]  # by start t: the path of all steps lies in one document
     stands_BS, accepted = whole_BS, torch.zeros((), dtype=torch.long, device=hidden_BTD.device)
     for i, rollout_BTD in enumerate(rollouts_dBTD, start=1):
         landings = slice(i, i + whole_BS.shape[1])
-        drafts_BS = model.lm_head(rollout_BTD[:, landings]).argmax(-1)
+        drafts_BS = _likeliest_tokens(model, rollout_BTD[:, landings])
         stands_BS = stands_BS & (drafts_BS == choice_BT[:, landings])
         accepted = accepted + stands_BS.sum()
     return {"drafts_accepted": accepted, "drafts": whole_BS.sum() * length}
+
+
+def _likeliest_tokens(model: PretrainingModel, states_BTD: Tensor) -> Tensor:
+    """(B, T): what the head would choose, with the logits of a bounded number of positions at a time."""
+    parts_PD = states_BTD.flatten(0, 1).split(LOGIT_POSITIONS)
+    return torch.cat([model.lm_head(part_PD).argmax(-1) for part_PD in parts_PD]).view(states_BTD.shape[:2])
 
 
 def _by_step(name: str, values_d: Tensor) -> dict[str, Tensor]:

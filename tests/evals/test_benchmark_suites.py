@@ -21,7 +21,8 @@ from pretrain.evals.task_subject import effective_rank, share
 
 def oracle(vocabulary: int, logits, dynamics=None) -> Subject:
     """A model whose hidden states are the logits (B, T, V) that a function gives for tokens (B, T)."""
-    embeddings = SimpleNamespace(weight=torch.eye(vocabulary))
+    eye = torch.eye(vocabulary) if vocabulary < 1000 else torch.empty(0)
+    embeddings = SimpleNamespace(weight=eye)
     decoder = SimpleNamespace(dynamics=dynamics, model=SimpleNamespace(get_input_embeddings=lambda: embeddings))
     return Subject(
         path=Path("oracle"),
@@ -31,7 +32,7 @@ def oracle(vocabulary: int, logits, dynamics=None) -> Subject:
         sequence_length=8,
         dataset={},
         hidden_states=lambda batch: logits(batch.tokens[:, :-1]).float(),
-        head_VD=torch.eye(vocabulary),
+        head_VD=eye,
         decoder=lambda: decoder,  # type: ignore[arg-type, return-value]
         has_dynamics=dynamics is not None,
         device=torch.device("cpu"),
@@ -117,17 +118,19 @@ def test_countdown_counts_strictly_and_as_released():
     task = open_task(f"{spec},split=test")
     size, rows = task.vocabulary.size, task.samples(0, 20).rows()
     answers = {tuple(row[1:6]): row[14:] for row in rows.tolist()}
-    twice = [task.vocabulary.ids[word] for word in "1 + 1 = 2 | 1 + 1 = 2 | 1 + 1 = 2".split()]
+    wrong = [task.vocabulary.ids[word] for word in ("1 + 1 = 2 |" * 3).replace("|", " | ").split()[:17]]
+    codes = 2.0 * torch.randn(size, 64, generator=torch.Generator().manual_seed(0))  # apart from each other
 
-    def logits(tokens):
-        out = torch.zeros(*tokens.shape, size)
+    def hidden(tokens):
+        out = torch.zeros(*tokens.shape, 64)
         for b, row in enumerate(tokens.tolist()):
-            answer = twice if row[5] % 2 else answers[tuple(row[1:6])]
-            if 13 <= len(row) - 1 < 30:
-                out[b, -1, answer[len(row) - 14]] = 40.0
+            answer = wrong if row[5] % 2 else answers[tuple(row[1:6])]
+            out[b, -1] = codes[answer[len(row) - 14]]
         return out
 
-    result = measured("countdown", oracle(size, logits), spec, 20)
+    subject = oracle(size, hidden)
+    object.__setattr__(subject, "head_VD", codes)
+    result = measured("countdown", subject, spec, 20)
     even = np.mean([row[5] % 2 == 0 for row in rows.tolist()])
     for kind in ("greedy", "sampled", "greedy_lax", "sampled_lax", "same_as_search"):
         assert result[kind]["value"] == pytest.approx(even)
@@ -177,8 +180,8 @@ def test_effective_rank_is_that_of_equal_directions():
 CITY = "city,width=6,height=6,longest=24"
 
 
-def guide(task, choose=None):
-    """Logits of a model that knows the map: each step of a shortest way, or `choose(place, end)`; all legal turns likely."""
+def guide(task):
+    """Logits of a model that knows the map: a step of a shortest way is likeliest, every legal turn likely."""
     city, size = task.city, task.vocabulary.size
     crossings = len(city.names)
 

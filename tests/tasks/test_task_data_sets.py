@@ -110,7 +110,7 @@ def test_labels_that_an_objective_does_not_know_are_refused(tmp_path):
     prepare("task:word_problem,group=S3,length=3,samples=2000", None, tmp_path / "data", workers=1, console=quiet())
     overrides = [f"data.path={tmp_path / 'data'}", "data.sequence_length=4"]
     config = load_config("configs/belief/small/mtp.yaml", overrides)
-    with pytest.raises(UserError, match="answered with labels, which objective.name=mtp does not know"):
+    with pytest.raises(UserError, match=r"answered with labels, which objective\.name=mtp does not know"):
         open_data(config)
     open_data(load_config("configs/belief/small/gpt.yaml", overrides))
     assert open_dataset(tmp_path / "data").manifest["task"].startswith("word_problem,")

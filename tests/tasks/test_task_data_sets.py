@@ -58,6 +58,9 @@ def test_labels_travel_beside_the_tokens(tmp_path):
     batch = Stream(split, seed=1, sequence_length=6, global_sequences=64).batch(3)
     assert batch.labels is not None
     np.testing.assert_array_equal(batch.labels[:, :6], task.running_products(batch.tokens[:, 1:6]))
+    from pretrain.objectives import TokenBatch
+
+    assert TokenBatch.from_numpy(batch).targets.tolist() == batch.labels[:, :6].tolist()
     assert batch.rows(5, 9).labels.tolist() == batch.labels[5:9].tolist()
     last = validation_batches(dataset.split("validation"), sequence_length=6, micro_sequences=128)[-1]
     padding = last.document_ids < 0

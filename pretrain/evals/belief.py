@@ -163,7 +163,7 @@ def picture(result: dict[str, Any]) -> Figure:
         axes.set_ylim(true[:, 1].min() - margin[1], true[:, 1].max() + margin[1])
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_aspect("equal")
     style(panels[2])
     panels[2].set_title("singular values, share of their sum", loc="left", color=INK, fontsize=11)
     panels[2].semilogy(range(1, len(result["spectrum"]) + 1), result["spectrum"], color=ACCENT, label="hidden states")

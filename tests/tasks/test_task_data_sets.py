@@ -58,6 +58,9 @@ def test_labels_travel_beside_the_tokens(tmp_path):
     batch = Stream(split, seed=1, sequence_length=6, global_sequences=64).batch(3)
     assert batch.labels is not None
     np.testing.assert_array_equal(batch.labels[:, :6], task.running_products(batch.tokens[:, 1:6]))
+    from pretrain.objectives import TokenBatch
+
+    assert TokenBatch.from_numpy(batch).targets.tolist() == batch.labels[:, :6].tolist()
     assert batch.rows(5, 9).labels.tolist() == batch.labels[5:9].tolist()
     last = validation_batches(dataset.split("validation"), sequence_length=6, micro_sequences=128)[-1]
     padding = last.document_ids < 0
@@ -110,7 +113,7 @@ def test_labels_that_an_objective_does_not_know_are_refused(tmp_path):
     prepare("task:word_problem,group=S3,length=3,samples=2000", None, tmp_path / "data", workers=1, console=quiet())
     overrides = [f"data.path={tmp_path / 'data'}", "data.sequence_length=4"]
     config = load_config("configs/belief/small/mtp.yaml", overrides)
-    with pytest.raises(UserError, match="answered with labels, which objective.name=mtp does not know"):
+    with pytest.raises(UserError, match=r"answered with labels, which objective\.name=mtp does not know"):
         open_data(config)
     open_data(load_config("configs/belief/small/gpt.yaml", overrides))
     assert open_dataset(tmp_path / "data").manifest["task"].startswith("word_problem,")

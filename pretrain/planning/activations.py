@@ -1,4 +1,4 @@
-"""The memory of one micro-batch, found by running the model itself on the meta device: shapes, and no numbers."""
+"""The memory of one micro-batch, found by running the model itself on fake tensors: shapes, and no numbers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain.config import Config
 from pretrain.model import PretrainingModel, parameter_counts
 from pretrain.objectives import TokenBatch
+from pretrain.transformer import TrunkStates
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,45 @@ class ModelSizes:
     """What the trunk keeps of a micro-batch for the backward pass."""
     loss_bytes: int
     """What objective and head add to that at their peak: rollouts, a chunk of logits, the head's gradient."""
+    loss_is_whole: bool = True
+    """False where the objective's sizes depend on the data: then this is the head's next-token loss alone."""
 
 
 def model_sizes(config: Config, vocab_size: int, dtype: torch.dtype) -> ModelSizes:
     """Build the model without storage, and count what a forward pass keeps, and holds at its peak."""
     B, T = config.batch.micro_sequences, config.data.sequence_length
-    with torch.device("meta"):
-        model = PretrainingModel(config, vocab_size).to(dtype)
+    with FakeTensorMode():
+        model = _build(config, vocab_size, dtype)
         numbers = torch.zeros(B, T + 1, dtype=torch.long)
         batch = TokenBatch(numbers, numbers, numbers, torch.ones(B, T + 1, dtype=torch.bool))
-        counts = model.objective.valid_counts(batch)
         with gpu_kernels(), LiveBytes(model) as live:
             states = model.trunk_states(batch)
             activations = live.now
-            model.objective(states, batch, model.lm_head, counts)
+            loss_is_whole = _run_loss(model, states, batch)
     small = sum(p.numel() for p in model.parameters() if p.numel() < 100_000)
-    return ModelSizes(parameter_counts(model)["training"], small, activations, live.highest - activations)
+    total = parameter_counts(model)["training"]
+    return ModelSizes(total, small, activations, live.highest - activations, loss_is_whole)
+
+
+def _build(config: Config, vocab_size: int, dtype: torch.dtype) -> PretrainingModel:
+    """The model in this dtype from the start: fake parameters cannot be converted."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return PretrainingModel(config, vocab_size)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _run_loss(model: PretrainingModel, states: TrunkStates, batch: TokenBatch) -> bool:
+    """Run the objective; or where its shapes depend on values, which a fake tensor lacks, the head alone: False."""
+    try:
+        model.objective(states, batch, model.lm_head, model.objective.valid_counts(batch))
+    except DynamicOutputShapeException:
+        targets = batch.tokens[:, 1:]
+        model.lm_head(states.hidden, targets, torch.zeros(targets.shape))
+        return False
+    return True
 
 
 class LiveBytes(TorchDispatchMode):
@@ -82,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """Attention and RMSNorm keep what their fused GPU kernels keep, not what the meta device's plain formulas would."""
+    """Attention and RMSNorm keep what their fused GPU kernels keep, not what plain formulas would."""
     attention, norm = F.scaled_dot_product_attention, F.rms_norm
     setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v))  # noqa: B010
     setattr(F, "rms_norm", lambda x, shape, weight, eps: _Norm.apply(x, weight))  # noqa: B010

@@ -94,6 +94,11 @@ def idle_nodes() -> set[str]:
     return set(ask("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").stdout.split())
 
 
+def cut_nodes() -> list[str]:
+    """The nodes that have no power."""
+    return [node for node in NODES if not (FOLDER / "run" / node).exists()]
+
+
 def check_machine() -> None:
     """NoCluster unless this machine can have one; installs what is missing where apt-get can."""
     if os.geteuid() != 0:

@@ -1,17 +1,16 @@
-"""The memory of one micro-batch, found by running the model itself on fake tensors: shapes, and no numbers."""
+"""The memory of one micro-batch, found by running the model itself on the meta device: shapes, and no numbers."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -40,8 +39,8 @@ class ModelSizes:
 def model_sizes(config: Config, vocab_size: int, dtype: torch.dtype) -> ModelSizes:
     """Build the model without storage, and count what a forward pass keeps, and holds at its peak."""
     B, T = config.batch.micro_sequences, config.data.sequence_length
-    with FakeTensorMode():
-        model = _build(config, vocab_size, dtype)
+    with torch.device("meta"):
+        model = PretrainingModel(config, vocab_size).to(dtype)
         numbers = torch.zeros(B, T + 1, dtype=torch.long)
         batch = TokenBatch(numbers, numbers, numbers, torch.ones(B, T + 1, dtype=torch.bool))
         with gpu_kernels(), LiveBytes(model) as live:
@@ -53,21 +52,11 @@ def model_sizes(config: Config, vocab_size: int, dtype: torch.dtype) -> ModelSiz
     return ModelSizes(total, small, activations, live.highest - activations, loss_is_whole)
 
 
-def _build(config: Config, vocab_size: int, dtype: torch.dtype) -> PretrainingModel:
-    """The model in this dtype from the start: fake parameters cannot be converted."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return PretrainingModel(config, vocab_size)
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _run_loss(model: PretrainingModel, states: TrunkStates, batch: TokenBatch) -> bool:
-    """Run the objective; or where its shapes depend on values, which a fake tensor lacks, the head alone: False."""
+    """Run the objective; the head alone, and False, where shapes depend on values, which there are none of here."""
     try:
         model.objective(states, batch, model.lm_head, model.objective.valid_counts(batch))
-    except DynamicOutputShapeException:
+    except NotImplementedError:
         targets = batch.tokens[:, 1:]
         model.lm_head(states.hidden, targets, torch.zeros(targets.shape))
         return False
@@ -107,13 +96,21 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """Attention and RMSNorm keep what their fused GPU kernels keep, not what plain formulas would."""
+    """Attention and RMSNorm keep what their fused GPU kernels keep, not what plain formulas would.
+
+    And torch's autocast, which knows no meta device, is off.
+    """
     attention, norm = F.scaled_dot_product_attention, F.rms_norm
+    is_autocast, autocast = torch.is_autocast_enabled, torch.autocast
     setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v))  # noqa: B010
     setattr(F, "rms_norm", lambda x, shape, weight, eps: _Norm.apply(x, weight))  # noqa: B010
+    setattr(torch, "is_autocast_enabled", lambda device: False)  # noqa: B010
+    setattr(torch, "autocast", lambda device, enabled: nullcontext())  # noqa: B010
     try:
         yield
     finally:
+        setattr(torch, "is_autocast_enabled", is_autocast)  # noqa: B010
+        setattr(torch, "autocast", autocast)  # noqa: B010
         F.scaled_dot_product_attention, F.rms_norm = attention, norm
 
 

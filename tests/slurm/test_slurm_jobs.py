@@ -143,6 +143,7 @@ def test_a_lost_node_costs_what_came_after_the_last_checkpoint(site: Site, unint
 @pytest.mark.usefixtures("nodes_come_back")
 def test_a_lost_node_with_none_to_spare_leaves_a_run_on_fewer_ranks(site: Site, uninterrupted: list) -> None:
     cluster.ask("scontrol", "update", "NodeName=pt3", "State=DRAIN", "Reason=test")
+    cluster.wait_for("two nodes", lambda: {"pt1", "pt2"} <= cluster.idle_nodes())  # one that is slow would be left out
     options = ("--nodes=1-2", "--ntasks-per-node=1")
     job = site.sbatch(*options, "slurm/pretrain.sh", str(site.config("fewer", LONG)))
     job.wait(lambda: job.steps("fewer") >= 50)

@@ -78,6 +78,7 @@ def cut(node: str) -> None:
 
 def mend(node: str) -> None:
     """Bring a node back."""
+    kill(node)  # two slurmd of one name would both be asked, and only the newer one be known here
     ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=cut")  # what ran on it runs no more
     shutil.rmtree(FOLDER / "spool" / node, ignore_errors=True)
     start_node(node)

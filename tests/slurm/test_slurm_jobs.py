@@ -126,7 +126,6 @@ def test_a_killed_rank_ends_the_start_at_once_and_the_next_one_goes_on(site: Sit
 @pytest.fixture
 def nodes_come_back() -> Iterator[None]:
     yield
-    cluster.ask("scontrol", "update", "NodeName=pt3", "State=RESUME")
     for node in cluster.cut_nodes():
         cluster.mend(node)
 
@@ -145,23 +144,6 @@ def test_a_lost_node_costs_what_came_after_the_last_checkpoint(site: Site, unint
     assert len(left) == 2 and nodes[lost] not in left
     job.end()
     assert is_like(site.run(name), uninterrupted)
-
-
-@pytest.mark.usefixtures("nodes_come_back")
-def test_a_lost_node_with_none_to_spare_leaves_a_run_on_fewer_ranks(site: Site, uninterrupted: list) -> None:
-    cluster.ask("scontrol", "update", "NodeName=pt3", "State=DRAIN", "Reason=test")
-    cluster.wait_for("two nodes", lambda: {"pt1", "pt2"} <= cluster.idle_nodes())  # one that is slow would be left out
-    options = ("--nodes=1-2", "--ntasks-per-node=1")
-    job = site.sbatch(*options, "slurm/pretrain.sh", str(site.config("fewer", LONG)))
-    job.wait(lambda: job.steps("fewer") >= 50)
-    assert job.field("NodeList") == "pt[1-2]"
-    hold(job)
-    cluster.cut("pt2")
-    job.wait(lambda: job.restarts == 1 and job.field("JobState") == "RUNNING")
-    assert job.field("NodeList") == "pt1"
-    job.end()
-    losses = [record["loss"] for record in read_metrics(site.run("fewer"))]
-    assert losses == pytest.approx([record["loss"] for record in uninterrupted], rel=1e-3)
 
 
 def test_preflight_names_a_bad_node_excludes_it_and_requeues_without_it(tmp_path: Path, tiny_data: Path) -> None:

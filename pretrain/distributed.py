@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -72,8 +73,13 @@ def start(timeout_minutes: float) -> tuple[Ranks, torch.device]:
         "WORLD_SIZE": str(ranks.world),
         "LOCAL_RANK": str(ranks.local_rank),
     }
-    os.environ.setdefault("MASTER_ADDR", _first_slurm_host() if "SLURM_JOB_NODELIST" in os.environ else "127.0.0.1")
+    os.environ.setdefault(
+        "MASTER_ADDR", slurm_hosts(os.environ)[0] if "SLURM_JOB_NODELIST" in os.environ else "127.0.0.1"
+    )
     os.environ.setdefault("MASTER_PORT", _slurm_port() if "SLURM_JOB_ID" in os.environ else _free_port())
+    if interface := interface_to_another_node(os.environ):
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
@@ -139,9 +145,35 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _first_slurm_host() -> str:
-    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+def slurm_hosts(environ: Mapping[str, str]) -> list[str]:
+    """The job's nodes; from MASTER_ADDR alone where there is no scontrol, as in a container."""
+    command = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    except FileNotFoundError:
+        if "MASTER_ADDR" in environ:
+            return [environ["MASTER_ADDR"]]
+        raise UserError(
+            "there is no scontrol here to tell the job's nodes: set MASTER_ADDR to the first of them"
+        ) from None
+
+
+def interface_to_another_node(environ: Mapping[str, str]) -> str | None:
+    """The network interface that the route to another of a SLURM job's nodes takes; None if there is none to ask.
+
+    Gloo would take the one that this host's own name stands for, which on many systems is the loopback.
+    """
+    if int(environ.get("SLURM_NNODES", "1")) < 2:
+        return None
+    others = [host for host in slurm_hosts(environ) if host != environ.get("SLURMD_NODENAME")]
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((others[0], 9))  # sends nothing: it only looks up the route
+            own = probe.getsockname()[0]
+    except (OSError, IndexError):
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if own in {a.address for a in addresses}), None)
 
 
 def _slurm_port() -> str:

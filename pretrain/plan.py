@@ -19,15 +19,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline import UserError, open_dataset, run_command
+from data_pipeline import UserError, run_command
 from pretrain.config import Config, load_config
 from pretrain.flops import flops_per_token
 from pretrain.planning.activations import ModelSizes, model_sizes
 from pretrain.planning.hardware import FOR_CUDA_AND_FRAGMENTS, GIB, GPUS, Gpu, find_gpu
 from pretrain.planning.memory import Memory, memory
 from pretrain.planning.traffic import traffic
+from pretrain.run_data import open_data
 
 DEFAULT_MFU = 0.4
+DEPENDS_ON_DATA = "what it keeps depends on the data, and `loss` counts the next-token part alone; leave room"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def plan(config: Config, vocab_size: int, cluster: Cluster, mfu: float = DEFAULT
     warnings = [
         *memory_warnings(config, sizes, cluster, w),
         *network_warnings(config, cluster, step, near, far),
+        *([] if sizes.loss_is_whole else [f"objective.name={config.objective.name}: {DEPENDS_ON_DATA}"]),
     ]
     return Plan(
         parameters=sizes.parameters,
@@ -229,8 +232,7 @@ def main(argv: list[str] | None = None) -> None:
 def vocabulary(config: Config) -> int:
     """Rows of the embedding: the config's, or the data set's."""
     try:
-        first = next(iter(config.data.sources_by_name.values()))
-        return config.model.vocab_size or open_dataset(first.path).vocab_size
+        return config.model.vocab_size or open_data(config)[2]
     except UserError as error:
         raise UserError(f"{error} (or give --vocab-size, to plan without the data)") from None
 

@@ -65,7 +65,7 @@ requeue() {
 
 train() {
   local overrides=()
-  [ "$start" = 0 ] || overrides=(run.resume=true) # run.resume=false is meant for the first start
+  [ "$start" = 0 ] || overrides=(run.resume=auto) # what else it says is meant for the first start
   launch --output="$logs/rank-%t.log" --open-mode=append -- \
     "$CODE/slurm/task.sh" "$logs" pretrain.train --config "$job/config.yaml" ${overrides[@]+"${overrides[@]}"}
 }

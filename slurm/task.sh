@@ -3,7 +3,7 @@
 set -uo pipefail
 logs=$1
 shift
-# Python inherits "ignored" and so outlives a warning that comes before it has its own handler: importing takes seconds.
+# A warning must not kill this shell, nor Python before its first lines, which hold signals back until it can heed them.
 trap '' USR2
 # SLURM signals every process of a step. This shell stays, to note how Python ended.
 trap : TERM INT

@@ -75,7 +75,8 @@ def judge(outcome: str, code: int, exits: list[RankExit]) -> tuple[Verdict, str]
     """
     if outcome.startswith(("finished", "paused")):
         return "finished", outcome
-    if outcome.startswith("stopped") or any(e.code in CODES_TO_RESTART for e in exits) or code in CODES_TO_RESTART:
+    own_codes = any(ended.code in CODES_TO_RESTART for ended in exits) or code in CODES_TO_RESTART
+    if outcome.startswith(("stopped", "hung")) or own_codes:
         return "restart", outcome or "stopped"
     failed = [e for e in exits if e.code]
     first = str(failed[0]) if failed else f"no rank left word of its end; srun ended with {code}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from pretrain.config import Config
 from pretrain.model import PretrainingModel, parameter_counts
 from pretrain.objectives import TokenBatch
+from pretrain.transformer import TrunkStates
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ModelSizes:
     """What the trunk keeps of a micro-batch for the backward pass."""
     loss_bytes: int
     """What objective and head add to that at their peak: rollouts, a chunk of logits, the head's gradient."""
+    loss_is_whole: bool = True
+    """False where the objective's sizes depend on the data: then this is the head's next-token loss alone."""
 
 
 def model_sizes(config: Config, vocab_size: int, dtype: torch.dtype) -> ModelSizes:
@@ -40,13 +43,24 @@ def model_sizes(config: Config, vocab_size: int, dtype: torch.dtype) -> ModelSiz
         model = PretrainingModel(config, vocab_size).to(dtype)
         numbers = torch.zeros(B, T + 1, dtype=torch.long)
         batch = TokenBatch(numbers, numbers, numbers, torch.ones(B, T + 1, dtype=torch.bool))
-        counts = model.objective.valid_counts(batch)
         with gpu_kernels(), LiveBytes(model) as live:
             states = model.trunk_states(batch)
             activations = live.now
-            model.objective(states, batch, model.lm_head, counts)
+            loss_is_whole = _run_loss(model, states, batch)
     small = sum(p.numel() for p in model.parameters() if p.numel() < 100_000)
-    return ModelSizes(parameter_counts(model)["training"], small, activations, live.highest - activations)
+    total = parameter_counts(model)["training"]
+    return ModelSizes(total, small, activations, live.highest - activations, loss_is_whole)
+
+
+def _run_loss(model: PretrainingModel, states: TrunkStates, batch: TokenBatch) -> bool:
+    """Run the objective; the head alone, and False, where shapes depend on values, which there are none of here."""
+    try:
+        model.objective(states, batch, model.lm_head, model.objective.valid_counts(batch))
+    except NotImplementedError:
+        targets = batch.tokens[:, 1:]
+        model.lm_head(states.hidden, targets, torch.zeros(targets.shape))
+        return False
+    return True
 
 
 class LiveBytes(TorchDispatchMode):
@@ -82,13 +96,21 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """Attention and RMSNorm keep what their fused GPU kernels keep, not what the meta device's plain formulas would."""
+    """Attention and RMSNorm keep what their fused GPU kernels keep, not what plain formulas would.
+
+    And torch's autocast, which knows no meta device, is off.
+    """
     attention, norm = F.scaled_dot_product_attention, F.rms_norm
+    is_autocast, autocast = torch.is_autocast_enabled, torch.autocast
     setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v))  # noqa: B010
     setattr(F, "rms_norm", lambda x, shape, weight, eps: _Norm.apply(x, weight))  # noqa: B010
+    setattr(torch, "is_autocast_enabled", lambda device: False)  # noqa: B010
+    setattr(torch, "autocast", lambda device, enabled: nullcontext())  # noqa: B010
     try:
         yield
     finally:
+        setattr(torch, "is_autocast_enabled", is_autocast)  # noqa: B010
+        setattr(torch, "autocast", autocast)  # noqa: B010
         F.scaled_dot_product_attention, F.rms_norm = attention, norm
 
 

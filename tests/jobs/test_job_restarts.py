@@ -20,6 +20,7 @@ MISTAKEN = [RankExit(0, 2, "node1", 10.0), RankExit(1, 143, "node2", 11.0)]
         ("finished at step 20", 143, KILLED, "finished", "finished at step 20"),
         ("paused at step 6", 0, [], "finished", "paused at step 6"),
         ("stopped at step 6", 143, [], "restart", "stopped at step 6"),
+        ("hung at step 6: rank 1", 143, MISTAKEN, "restart", "hung at step 6: rank 1"),
         ("", 0, [RankExit(0, 75, "node1", 1.0)], "restart", "stopped"),
         ("", 143, [RankExit(1, 143, "node1", 1.0), RankExit(0, 76, "node1", 2.0)], "restart", "stopped"),
         ("", 143, KILLED, "restart", "rank 1 on node2 ended with 137 (SIGKILL)"),

@@ -18,6 +18,7 @@ from pretrain.config import load_config
 from pretrain.distributed import Ranks
 from pretrain.run_data import open_data
 
+OFFLOAD = Path(__file__).parents[2] / "configs" / "deepspeed" / "offload_cpu.yaml"
 LOSSES = ["loss", "loss_next_token", "loss_next_latent", "loss_kl", "grad_norm"]
 RIVALS: dict[str, dict[str, object]] = {
     "mtp": {"name": "mtp", "horizon": 2, "multi_token_weight": 1.0},
@@ -49,6 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
         config("zero2", {zero: 2}),
         config("zero1", {zero: 1}),
         config("zero3_tied", tied),
+        f"{config('offloaded')}|deepspeed=@{OFFLOAD}",
         f"{stopped}|run.stop_after=6",
         stopped,
         *(config(f"zero3_{name}", {**changes, **accumulating}) for name, changes in rival.items()),
@@ -70,6 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
         ("zero3", "alone_whole_batch"),
         ("zero2", "alone_whole_batch"),
         ("zero1", "alone_whole_batch"),
+        ("offloaded", "alone_whole_batch"),
         ("zero3_accumulating", "alone_whole_batch"),
         ("alone", "alone_whole_batch"),
         ("zero3_tied", "alone_tied"),

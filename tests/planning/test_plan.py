@@ -42,6 +42,11 @@ def test_every_configs_parameters_are_those_of_its_model(path: Path) -> None:
     assert model_sizes(config, 4096, torch.bfloat16).parameters == real
 
 
+def test_an_objective_whose_sizes_depend_on_the_data_says_so() -> None:
+    config = load_config(CONFIGS / "fineweb_edu_1b" / "bst.yaml")
+    assert "what it keeps depends on the data" in on(config).warnings[-1]
+
+
 def test_activations_grow_with_the_micro_batch_and_the_depth_alone() -> None:
     def sizes(*overrides: str) -> ModelSizes:
         return model_sizes(large("data.sequence_length=256", *overrides), VOCAB, torch.bfloat16)

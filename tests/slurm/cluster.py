@@ -78,6 +78,7 @@ def cut(node: str) -> None:
 
 def mend(node: str) -> None:
     """Bring a node back."""
+    kill(node)  # two slurmd of one name would both be asked, and only the newer one be known here
     ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=cut")  # what ran on it runs no more
     shutil.rmtree(FOLDER / "spool" / node, ignore_errors=True)
     start_node(node)
@@ -92,6 +93,11 @@ def ask(*command: str) -> subprocess.CompletedProcess[str]:
 def idle_nodes() -> set[str]:
     """The nodes that wait for work."""
     return set(ask("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").stdout.split())
+
+
+def cut_nodes() -> list[str]:
+    """The nodes that have no power."""
+    return [node for node in NODES if not (FOLDER / "run" / node).exists()]
 
 
 def check_machine() -> None:

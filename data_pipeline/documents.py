@@ -125,7 +125,7 @@ def _files(spec: str, fields: Fields) -> Source:
         listing = _list(fs, spec, path)
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is missing
         raise UserError(f"source {spec}: {error}: give stdlib, a path or URL of text files, or hub:NAME") from error
-    except Exception as error:
+    except Exception as error:  # each file system has errors of its own; others go on
         if not is_failed_reading(error):
             raise
         reason = getattr(error, "strerror", None) or error
@@ -188,7 +188,7 @@ def _read_file(fs: Any, name: str, size: int, fields: Fields, skipped: Counter[s
                 yield from readers[kind](file, raw, name, size, fields, skipped)
             else:
                 yield from _checked(lambda: _read_text(file.read(), name, size), fields, skipped)
-    except Exception as error:
+    except Exception as error:  # as above, and each format has its own
         if isinstance(error, zlib.error) or is_failed_reading(error):
             raise UserError(f"{name}: cannot be read ({error}): restore the file or leave it out") from error
         raise
@@ -349,7 +349,7 @@ def _hub(spec: str, fields: Fields) -> Source:
             records = datasets.load_dataset(name, config or None, split=split, streaming=True)
             for number, record in enumerate(records, 1):
                 yield from _checked(partial(_record, record, f"hub:{spec} row {number}", 0, fields), fields, skipped)
-        except Exception as error:
+        except Exception as error:  # as above
             if not (isinstance(error, ValueError) or is_failed_reading(error)):  # no such data set, config or split
                 raise
             raise UserError(f"source hub:{spec}: {error}: check the name, config, split and network") from error

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,11 +137,9 @@ def main(spec: str, eos_id: int) -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # whatever a library prints must not end up among the answers
     if spec.startswith("task:"):
-        task = open_task(spec.removeprefix("task:"))
-        encode: Callable[[Any], Encoded] = lambda numbers: make_samples(task, numbers)  # noqa: E731
+        encode: Callable[[Any], Encoded] = partial(make_samples, open_task(spec.removeprefix("task:")))
     else:
-        tokenizer = load_tokenizer(spec, eos_id=eos_id)
-        encode = lambda texts: encode_documents(tokenizer, texts)  # noqa: E731
+        encode = partial(encode_documents, load_tokenizer(spec, eos_id=eos_id))
     while True:
         try:
             texts = pickle.load(requests)
@@ -148,7 +147,7 @@ def main(spec: str, eos_id: int) -> None:
             return
         try:
             answer: tuple[Any, ...] | str = tuple(encode(texts))
-        except Exception:
+        except Exception:  # the caller raises whatever it is, with this trace
             answer = traceback.format_exc()
         pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
         answers.flush()

@@ -31,7 +31,7 @@ def why_not_data_only(path: Path) -> str | None:
     """What `load_data_only` would refuse a file for, to be read after its name; None if nothing. Reads no tensor."""
     try:
         _load(path, mmap=True)
-    except Exception as error:
+    except Exception as error:  # as above
         return f"is no file of plain data ({_reason(error)})"
     return None
 

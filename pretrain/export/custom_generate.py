@@ -33,7 +33,7 @@ def write_custom_generate(folder: Path) -> None:
 
 def _freed(module: object) -> str:
     """A module's source that imports its neighbours relatively."""
-    text = inspect.getsource(module)  # type: ignore[arg-type]
+    text = inspect.getsource(module)  # type: ignore[arg-type]  # a module, which has no type of its own here
     text = text.replace("from data_pipeline import UserError", "from .errors import UserError")
     text = re.sub(r"^from pretrain(?:\.\w+)*\.(\w+) import ", r"from .\1 import ", text, flags=re.MULTILINE)
     left = re.search(r"^\s*(?:from|import) (?:pretrain|data_pipeline).*", text, flags=re.MULTILINE)

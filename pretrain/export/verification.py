@@ -45,7 +45,7 @@ def verify_export(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> d
     _require(difference, TOLERANCE, "logits")
     if dynamics is not None:
         next_BTD, rollout_BTD = trained.trunk.embed_tokens(tokens_BT)[:, 1:], hidden_BTD[:, :-1]
-        ours = trained.objective.get_submodule("dynamics").step(rollout_BTD, next_BTD)  # type: ignore[operator]
+        ours = trained.objective.get_submodule("dynamics").step(rollout_BTD, next_BTD)  # type: ignore[operator]  # p_ψ, not any module
         _require(float((dynamics.step(rollout_BTD, next_BTD) - ours).abs().max()), TOLERANCE * scale, "p_psi's states")
     heads = load_heads(folder / "mtp", exported.config, torch.float32)
     if heads is not None:
@@ -90,7 +90,7 @@ def _difference_of_heads(trained: PretrainingModel, exported: Any, heads: nn.Mod
     positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
     states = trained.trunk(tokens_BT, torch.zeros_like(tokens_BT), positions_BT)
     inputs = (states.before_last_block, states.rotation, states.mask)
-    ours = [head(*inputs) for head in trained.objective.heads]  # type: ignore[union-attr]
+    ours = [head(*inputs) for head in trained.objective.heads]  # type: ignore[union-attr]  # MTP has them
     theirs = CachedTrunk(MultiTokenLlama(exported, heads)).read(
         tokens_BT, torch.zeros(len(tokens_BT), dtype=torch.long)
     )

@@ -98,7 +98,7 @@ class LiveBytes(TorchDispatchMode):
 def gpu_kernels() -> Iterator[None]:
     """Attention and RMSNorm keep what their fused GPU kernels keep, not what plain formulas would.
 
-    And torch's autocast, which knows no meta device, is off.
+    And torch's autocast, which knows no meta device, is off. By setattr: a checker knows these names as functions.
     """
     attention, norm = F.scaled_dot_product_attention, F.rms_norm
     is_autocast, autocast = torch.is_autocast_enabled, torch.autocast

@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch import nn
 
 from data_pipeline import UserError
@@ -26,8 +27,15 @@ from pretrain.checkpoints.shards import WEIGHT, FlatState, Piece, ShardedState
 def load_by_name(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
     """Fill weights and optimizer from a checkpoint of any shape.
 
-    Raises UserError where the checkpoint does not hold every parameter of the engine's model.
+    Raises UserError where the checkpoint does not hold every parameter of the engine's model, or where the engine
+    keeps its optimizer on NVMe.
     """
+    offload = engine.zero_offload_optimizer()
+    if offload is not None and offload.device == OffloadDeviceEnum.nvme:
+        raise UserError(
+            f"{path}: was saved in another shape, and cannot be read into an optimizer on NVMe; set "
+            "deepspeed.zero_optimization.offload_optimizer.device=cpu, or go on in the shape in which it was saved"
+        )
     source = ShardedState(path)
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     missing = sorted(set(names.values()) - set(source.names))

@@ -42,7 +42,10 @@ from pretrain.run_data import RunData
 PART = ".part_rank_{:05d}.json"
 POLL_SECONDS = 0.02
 PATIENCE_AFTER_AN_ERROR = 60.0
-"""Seconds that a failing run gives a save in progress before it leaves it unfinished."""
+"""Seconds that a failing run gives its own part of a save in progress before it leaves that unfinished."""
+
+PATIENCE_FOR_OTHERS = 5.0
+"""Seconds, and the time that its own part took once more, that it then gives the other ranks: they may be dead."""
 
 
 class _AbandonedError(OSError):
@@ -125,7 +128,7 @@ class Saver:
     ) -> None:
         if error is not None:
             if self._current is not None and self._current.thread is not None:
-                self._current.thread.join(PATIENCE_AFTER_AN_ERROR)
+                _finish_or_abandon(self._current, self._current.thread)
             return
         self.settle()
         if self._last is not None and self._last.problem is not None:
@@ -298,6 +301,14 @@ def save_checkpoint(
         saver.save(state)
     barrier()
     return config.run.folder / "checkpoints" / name_of(state.step)
+
+
+def _finish_or_abandon(save: _Save, thread: threading.Thread) -> None:
+    """Let a save come to its end if all ranks have written their files; wait in vain for none that has died."""
+    save.written.wait(PATIENCE_AFTER_AN_ERROR)
+    thread.join(PATIENCE_FOR_OTHERS + time.perf_counter() - save.started)
+    save.abandoned.set()
+    thread.join(PATIENCE_AFTER_AN_ERROR)  # at once, unless all parts are here: then publishing is under way
 
 
 def _first(problems: list[str | None]) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
+from data_pipeline import UserError
 from pretrain import init_from, schedules
 from pretrain.config import Config, NextLatConfig
 from pretrain.decoding.llama import DYNAMICS_PREFIX
@@ -28,6 +29,15 @@ def precision(config: Config, device: torch.device) -> torch.dtype:
             return torch.float32 if device.type == "cpu" else torch.bfloat16
         case name:
             return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def check_precision(config: Config, device: torch.device) -> None:
+    """UserError where DeepSpeed (0.19.8) cannot train in the run's precision: bfloat16 without ZeRO."""
+    if config.zero_stage == 0 and precision(config, device) == torch.bfloat16:
+        raise UserError(
+            f"run.precision={config.run.precision} is bfloat16 here, and DeepSpeed adds up bfloat16 gradients in float32 "
+            "under ZeRO alone; set deepspeed.zero_optimization.stage=1, 2 or 3, or run.precision=float32"
+        )
 
 
 def deepspeed_config(config: Config, ranks: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from pretrain.checkpoints import Saver, TrainState
 from pretrain.config import Config, dump_config, load_config
 from pretrain.diagnostics import diagnose, warn_if_nothing_is_predicted
 from pretrain.distributed import Ranks, all_reduce_sum, any_rank
-from pretrain.engine import build_engine, gradient_norm, set_learning_rates
+from pretrain.engine import build_engine, check_precision, gradient_norm, set_learning_rates
 from pretrain.faults import EXIT_STOPPED, write_outcome
 from pretrain.faults.hangs import HangMonitor, arm_flight_recorder
 from pretrain.faults.numbers import Fault, UpdateGate, documents_in_words, judge_gradient, judge_loss, policy
@@ -77,6 +77,7 @@ def train(config: Config) -> bool:
     stop = StopRequests()
     arm_flight_recorder(config.run.folder / "logs")
     ranks, device = distributed.start(config.faults.collective_timeout_minutes)
+    check_precision(config, device)
     if device.type == "cpu":
         stop.listen(signal.SIGUSR1)  # NCCL may have its own use for it
     stop.limit_time(config.run.wall_clock_minutes if ranks.is_first else None)  # one clock decides

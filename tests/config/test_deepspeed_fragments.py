@@ -10,7 +10,7 @@ import yaml
 
 from data_pipeline import UserError
 from pretrain.config import load_config
-from pretrain.engine import deepspeed_config
+from pretrain.engine import check_precision, deepspeed_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FRAGMENTS = sorted((CONFIGS / "deepspeed").glob("*.yaml"))
@@ -68,3 +68,12 @@ def test_a_typo_in_a_file_is_refused_by_the_same_rules(tmp_path: Path) -> None:
     fragment.write_text("train_batch_size: 3")
     with pytest.raises(UserError, match=r"deepspeed.train_batch_size=3 follows from batch.global_sequences"):
         load_config(CONFIGS / "quickstart.yaml", [f"deepspeed=@{fragment}"])
+
+
+def test_bfloat16_without_zero_is_refused_in_one_line() -> None:
+    keys = ["run.precision=bfloat16", "deepspeed.zero_optimization.stage=0"]
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="set deepspeed.zero_optimization.stage=1, 2 or 3, or run.precision=float32"):
+        check_precision(load_config(CONFIGS / "quickstart.yaml", keys), cpu)
+    for one in keys:
+        check_precision(load_config(CONFIGS / "quickstart.yaml", [one]), cpu)

@@ -66,6 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
         config("thawed", {"objective.dynamics_only_steps": 2}),
         config("muon", MUON),
         config("muon_zero1", MUON, {ZERO: 1}),
+        config("muon_zero2", MUON, {ZERO: 2}),
         f"{muon_stopped}|run.stop_after=2",
         muon_stopped,
     )
@@ -96,8 +97,9 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_last_digit(runs: Path) 
         assert without_times(read_metrics(runs / stopped)) == without_times(read_metrics(runs / whole))
 
 
-def test_muon_moves_the_matrices_under_zero1_as_under_zero3(runs: Path) -> None:
-    ours, theirs = read_metrics(runs / "muon_zero1"), read_metrics(runs / "muon")
+@pytest.mark.parametrize("name", ["muon_zero1", "muon_zero2"])
+def test_muon_moves_the_matrices_alike_at_each_stage(runs: Path, name: str) -> None:
+    ours, theirs = read_metrics(runs / name), read_metrics(runs / "muon")
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-5)
     assert ours[-1]["loss"] < ours[0]["loss"]
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.checkpoint_damage import damage_table
 from benchmarks.kill_at import Plan
 
 VICTIM = Path(__file__).with_name("kill_at.py")
@@ -288,8 +289,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(text).rstrip() + "\n"
 
 
-def report(rows: list[Row]) -> str:
-    """The page."""
+def report(rows: list[Row], damages: str) -> str:
+    """The page, with the table of damage to a checkpoint."""
     return (
         "# Killed and started again\n\n"
         "Made by `python -m benchmarks.kill_matrix`: a run of "
@@ -297,7 +298,11 @@ def report(rows: list[Row]) -> str:
         "instant of each row and started again with the same command, several times over, until it ends. Compared "
         "with a run that was never killed: every value of metrics.jsonl but times, speed and memory, and every bit of "
         "the last weights. *Steps recomputed* were done, and not yet in a checkpoint. *Slowest end*: from the kill "
-        "until the launcher had ended the other rank.\n\n" + table(rows)
+        "until the launcher had ended the other rank.\n\n"
+        + table(rows)
+        + "\n## Damaged checkpoints\n\nThe newest checkpoint of the run that was never killed, damaged one file and "
+        "one way at a time, in places drawn by chance, and how often that was found: the checkpoint was left with the "
+        "file named, and the one before it taken.\n\n" + damages
     )
 
 
@@ -309,15 +314,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the page here as well")
     arguments = parser.parse_args(argv)
     arguments.work.mkdir(parents=True, exist_ok=True)
+    work = arguments.work.resolve()
     rows: list[Row] = []
-    try:
-        for row in all_rows(arguments.work.resolve(), arguments.kills):
-            rows.append(row)
-            print(f"{row.title} ({row.who}): {row.kills} kills, {row.digits_wrong} digits differ", flush=True)
-    finally:
-        print(report(rows))
+    for row in all_rows(work, arguments.kills):
+        rows.append(row)
+        print(f"{row.title} ({row.who}): {row.kills} kills, {row.digits_wrong} digits differ", flush=True)
+    damages, all_found = damage_table(work / "runs" / "reference", work / "damaged")
+    page = report(rows, damages)
+    print(page)
     if arguments.out:
-        arguments.out.write_text(report(rows), encoding="utf-8")
+        arguments.out.write_text(page, encoding="utf-8")
+    if not all_found:
+        sys.exit("damage to a checkpoint was not found")
     wrong = [row.title for row in rows if row.tokens_wrong or row.digits_wrong or row.weights_wrong or row.unexpected]
     if wrong:
         sys.exit(f"not the same run after: {', '.join(wrong)}")

@@ -35,8 +35,8 @@ def check_precision(config: Config, device: torch.device) -> None:
     """UserError where DeepSpeed (0.19.8) cannot train in the run's precision: bfloat16 without ZeRO."""
     if config.zero_stage == 0 and precision(config, device) == torch.bfloat16:
         raise UserError(
-            f"run.precision={config.run.precision} is bfloat16 here, whose gradients DeepSpeed adds up in float32 under "
-            "ZeRO alone; set deepspeed.zero_optimization.stage=1, 2 or 3, or run.precision=float32"
+            f"run.precision={config.run.precision} is bfloat16 here, whose gradients DeepSpeed adds up in float32 "
+            "under ZeRO alone; set deepspeed.zero_optimization.stage=1, 2 or 3, or run.precision=float32"
         )
 
 

@@ -73,7 +73,7 @@ def test_a_typo_in_a_file_is_refused_by_the_same_rules(tmp_path: Path) -> None:
 def test_bfloat16_without_zero_is_refused_in_one_line() -> None:
     keys = ["run.precision=bfloat16", "deepspeed.zero_optimization.stage=0"]
     cpu = torch.device("cpu")
-    with pytest.raises(UserError, match=r"set deepspeed\.zero_optimization\.stage=1, 2 or 3, or run\.precision=float32"):
+    with pytest.raises(UserError, match=r"set deepspeed\.zero_optimization\.stage=1, 2 or 3, or run\.precision="):
         check_precision(load_config(CONFIGS / "quickstart.yaml", keys), cpu)
     for one in keys:
         check_precision(load_config(CONFIGS / "quickstart.yaml", [one]), cpu)

@@ -49,6 +49,8 @@ class Instant:
     """The call is drawn from 1 … calls, so that each kill meets the run somewhere else."""
     seconds: float = 0.0
     """For plans by the clock: drawn from 0 … seconds."""
+    resuming: bool = False
+    """Whether it is met by starts alone that go on from a checkpoint."""
 
     def draw(self, chance: random.Random, note: Path) -> Plan:
         """One kill of this kind."""
@@ -62,19 +64,21 @@ def _renaming(pattern: str, when: str) -> Plan:
     return Plan("os:rename", when, argument=pattern)
 
 
+MANIFESTS = "pretrain.checkpoints.manifest"
+
 INSTANTS = [
     Instant("any time of training, one rank", EITHER, Plan("pretrain.train:optimizer_step", "seconds"), seconds=3.0),
     Instant("any time of training, all", ALL, Plan("pretrain.train:optimizer_step", "seconds"), seconds=3.0),
     Instant("while starting", ALL, Plan("pretrain.distributed:start", "seconds"), seconds=2.0),
     Instant("in forward", EITHER, Plan("pretrain.model:PretrainingModel.forward"), 8),
     Instant("in backward", EITHER, Plan("deepspeed:DeepSpeedEngine.backward"), 8),
-    Instant("before the optimizer's update", EITHER, Plan("torch.optim:AdamW.step"), 8),
-    Instant("after one rank's update", EITHER, Plan("torch.optim:AdamW.step", "after"), 8),
+    Instant("before the optimizer's update", EITHER, Plan("torch.optim:AdamW.step"), 40),
+    Instant("after one rank's update", EITHER, Plan("torch.optim:AdamW.step", "after"), 40),
     Instant("before a line of metrics", FIRST, Plan("pretrain.metrics:Metrics.record"), 8),
     Instant("after a line of metrics", ALL, Plan("pretrain.metrics:Metrics.record", "after"), 8),
     Instant("in validation", EITHER, Plan("pretrain.train:validate", "seconds"), 2, seconds=0.02),
     Instant("saving: before the shards are written", EITHER, Plan("deepspeed:DeepSpeedEngine.save_checkpoint"), 3),
-    Instant("saving: half the shards written", EITHER, Plan("torch:save", "after"), 3),
+    Instant("saving: half the shards written", EITHER, Plan("torch:save", "after"), 9),
     Instant("saving: before the manifest", FIRST, _renaming("manifest.json", "before"), 3),
     Instant("saving: after the manifest", ALL, _renaming("manifest.json", "after"), 3),
     Instant("saving: before the rename", ALL, _renaming("step_*", "before"), 3),
@@ -82,9 +86,9 @@ INSTANTS = [
     Instant("saving: before `latest` moves", ALL, _renaming("latest", "before"), 3),
     Instant("saving: after `latest` moved", FIRST, _renaming("latest", "after"), 3),
     Instant("saving: an old one half removed", FIRST, Plan("os:unlink", "after", argument="*_states.pt"), 3),
-    Instant("resuming: while checksums are verified", EITHER, Plan("hashlib:file_digest"), 3),
-    Instant("resuming: while shards are read", EITHER, Plan("torch:load"), 3),
-    Instant("while data is read", EITHER, Plan("data_pipeline.stream:Stream.sample_numbers", "before"), 1),
+    Instant("resuming: while checksums are verified", EITHER, Plan(f"{MANIFESTS}:check_file"), 3, resuming=True),
+    Instant("resuming: while shards are read", EITHER, Plan("torch:load"), 3, resuming=True),
+    Instant("while data is read", EITHER, Plan("data_pipeline.stream:Stream.sample_numbers"), 8),
 ]
 
 
@@ -160,7 +164,11 @@ def kill_and_compare(instants: list[Instant], kills: int, work: Path, reference:
         note.unlink(missing_ok=True)
         step = checkpoint_step(run)
         row.resumes += step > 0
-        code, seconds = start(config, log, instants[number % len(instants)].draw(chance, note))
+        instant = instants[number % len(instants)]
+        if instant.resuming and step == 0:  # there must be a checkpoint first
+            start(config, log, replace(_renaming("latest", "after"), note=str(note)))
+            continue
+        code, seconds = start(config, log, instant.draw(chance, note))
         if note.exists():
             row.kills += 1
             row.slowest_end = max(row.slowest_end, seconds)

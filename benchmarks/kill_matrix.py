@@ -88,7 +88,7 @@ INSTANTS = [
     Instant("saving: an old one half removed", FIRST, Plan("os:unlink", "after", argument="*_states.pt"), 3),
     Instant("resuming: while checksums are verified", EITHER, Plan(f"{MANIFESTS}:check_file"), 3, resuming=True),
     Instant("resuming: while shards are read", EITHER, Plan("torch:load"), 3, resuming=True),
-    Instant("while data is read", EITHER, Plan("data_pipeline.stream:Stream.sample_numbers"), 8),
+    Instant("resuming: while data is read", EITHER, Plan("data_pipeline.stream:Stream._read"), 2, resuming=True),
 ]
 
 

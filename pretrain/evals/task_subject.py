@@ -105,7 +105,10 @@ def percent(one: dict[str, float]) -> str:
 
 def effective_rank(states_ND: Tensor) -> tuple[float, list[float]]:
     """exp(entropy of σ / Σσ) of the uncentred matrix, and its singular values as shares of their sum."""
-    values = torch.linalg.svdvals(states_ND.double().cpu())
-    weights = values / values.sum()
-    entropy = -(weights * weights.clamp(min=1e-300).log()).sum()
-    return float(entropy.exp()), weights.tolist()
+    return rank_of(torch.linalg.svdvals(states_ND.double().cpu()))
+
+
+def rank_of(singular_values: Tensor) -> tuple[float, list[float]]:
+    """`effective_rank` of a matrix with these singular values."""
+    weights = singular_values / singular_values.sum()
+    return float(torch.special.entr(weights).sum().exp()), weights.tolist()

@@ -54,7 +54,7 @@ def evaluate(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a folder for --out")
     subject = open_subject(source)
-    dataset = open_data(subject, data)
+    dataset = open_data(subject, data) if any(SUITES[name].reads_data for name in suites) else None
     for name in suites:
         SUITES[name].check(subject, dataset, limit, **own[name])
     console = console or Console()
@@ -75,18 +75,15 @@ def parse_suites(text: str) -> tuple[list[str], tuple[str, ...] | None]:
 
     A task that has the name of a suite is written with an `lm_eval:` of its own.
     """
-    suites: dict[str, None] = {}
+    suites: list[str] = []
     tasks: list[str] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        suite, colon, task = part.partition(":")
-        if colon and suite == "lm_eval":
-            tasks.append(task)
-        elif list(suites)[-1:] == ["lm_eval"] and part not in SUITES:
+        name, _, task = part.partition(":") if part.startswith("lm_eval:") else (part, "", "")
+        if suites[-1:] == ["lm_eval"] and part not in SUITES and not task:
             tasks.append(part)
-            continue
-        suites.pop(suite if colon else part, None)
-        suites[suite if colon else part] = None
-    return list(suites), tuple(filter(None, tasks)) or None
+        else:
+            suites, tasks = [*(suite for suite in suites if suite != name), name], [*tasks, task]
+    return suites, tuple(filter(None, tasks)) or None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,6 @@ from pretrain.evals.ahead import rows_per_batch
 from pretrain.evals.pictures import ACCENT, INK, new_picture
 from pretrain.evals.subject import Subject
 from pretrain.evals.suite import Suite
-from pretrain.evals.task_subject import SEED
 from pretrain.objectives import TokenBatch
 
 PAPER = (
@@ -49,7 +49,7 @@ PAPER = (
 
 def measure(
     subject: Subject,
-    dataset: Dataset,
+    dataset: Dataset | None,
     limit: int | None,
     progress: Progress,
     tasks: tuple[str, ...] = (),
@@ -58,24 +58,22 @@ def measure(
 ) -> dict[str, Any]:
     """Evaluate tasks, on the first `limit` samples of each.
 
-    few_shot: examples in front of each sample; None for the task's own number. Keys of the result: those of
-    `Subject.described`, harness (its version), mean_accuracy (of `acc` over the tasks that have it; None if none), and
-    tasks: by name version, few_shot, samples, and metrics: by name value, error (standard error; None where unknown)
-    and higher_is_better.
+    few_shot: examples in front of each sample, chosen with the harness's own fixed seed; None for the task's own
+    number. Keys of the result: those of `Subject.described`, harness (its version), mean_accuracy (of `acc` over the
+    tasks that have it; None if none), and tasks: by name version, few_shot, samples, and metrics: by name value, error
+    (standard error; None where unknown) and higher_is_better.
     """
     from lm_eval import simple_evaluate
 
+    names = expand(tasks)
     with _quiet():
         found = simple_evaluate(
             _model(subject, progress),
-            tasks=list(_load(expand(tasks), tasks_folder)),
+            tasks=_load(names, tasks_folder),
+            task_manager=_task_manager(names, tasks_folder),
             num_fewshot=few_shot,
             limit=limit,
             log_samples=False,
-            random_seed=SEED,
-            numpy_random_seed=SEED,
-            torch_random_seed=SEED,
-            fewshot_random_seed=SEED,
         )
     results = {name: _described(found, name) for name in found["results"] if name in found["n-samples"]}
     accuracies = [task["metrics"]["acc"]["value"] for task in results.values() if "acc" in task["metrics"]]
@@ -112,14 +110,9 @@ def _described(found: Any, name: str) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=1)
-def _load(names: tuple[str, ...], folder: str | None) -> tuple[Any, ...]:
+def _load(names: tuple[str, ...], folder: str | None) -> list[Any]:
     """The harness's task objects, with their data. Raises UserError for unknown ones, and for data that is missing."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=folder, include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=folder)  # its own thousands take seconds to list
+    manager = _task_manager(names, folder)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise UserError(
@@ -135,7 +128,20 @@ def _load(names: tuple[str, ...], folder: str | None) -> tuple[Any, ...]:
                 f"lm_eval:{name}: its data set cannot be had ({error.__class__.__name__}: {reason}); fetch it once "
                 "where there is a network, HF_HOME keeps it, or describe a local copy in --tasks-folder DIR"
             ) from None
-    return tuple(loaded)
+    return loaded
+
+
+def _task_manager(names: tuple[str, ...], folder: str | None) -> Any:
+    """The harness's list of tasks: those of `folder`, and its own thousands, which take seconds, only where needed."""
+    own = _listed(folder, False)
+    return own if set(names) <= set(own.all_tasks) else _listed(folder, True)
+
+
+@lru_cache
+def _listed(folder: str | None, include_defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder, include_defaults=include_defaults)
 
 
 def _model(subject: Subject, progress: Progress) -> Any:
@@ -255,7 +261,7 @@ def picture(result: dict[str, Any]) -> Figure:
 
 def check(
     subject: Subject,
-    dataset: Dataset,
+    dataset: Dataset | None,
     limit: int | None,
     tasks: tuple[str, ...] = (),
     few_shot: int | None = None,
@@ -272,6 +278,10 @@ def check(
         raise UserError(
             f"--suite lm_eval: needs lm-evaluation-harness ({error}); pip install 'nextlat-pretrain[eval]'"
         ) from None
+    if few_shot is not None and few_shot < 0:
+        raise UserError(f"--few-shot {few_shot} must be at least 0")
+    if tasks_folder is not None and not Path(tasks_folder).is_dir():
+        raise UserError(f"--tasks-folder {tasks_folder}: no such folder; give one with a YAML file for each task")
     with _quiet():
         loaded = _load(expand(tasks), tasks_folder)
     writing = [task.config.task for task in loaded if task.OUTPUT_TYPE == "generate_until"]
@@ -279,4 +289,6 @@ def check(
         raise UserError(f"lm_eval:{writing[0]}: generates text, for which an exported model is needed; export it first")
 
 
-LM_EVAL = Suite(measure, table, picture, check, headline, options=("tasks", "few_shot", "tasks_folder"))
+LM_EVAL = Suite(
+    measure, table, picture, check, headline, options=("tasks", "few_shot", "tasks_folder"), reads_data=False
+)

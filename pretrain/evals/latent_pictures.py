@@ -60,7 +60,8 @@ def _draw_reliability(axes: Axes, result: dict[str, Any]) -> None:
     axes.plot([0, 100], [0, 100], color=GREY, linewidth=1)
     steps = result["dynamics"] or []
     drawn = [("trunk", result["trunk"], INK, "-")]
-    drawn += [(f"p_ψ, step {n}", steps[n - 1], ACCENT, "-" if n == 1 else ":") for n in sorted({1, len(steps)} - {0})]
+    for number in sorted({1, len(steps)}) if steps else ():
+        drawn.append((f"p_ψ, step {number}", steps[number - 1], ACCENT, "-" if number == 1 else ":"))
     for label, one, colour, dashes in drawn:
         places = [(100 * bin["confidence"], 100 * bin["right"]) for bin in one["bins"]]
         name = f"{label}: {100 * one['calibration_error']:.1f}% off"

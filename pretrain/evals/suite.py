@@ -27,3 +27,5 @@ class Suite:
     """The few numbers of a result that a study puts side by side."""
     options: tuple[str, ...] = ()
     """Which of the command's further options measure and check take."""
+    reads_data: bool = True
+    """Whether it needs a data set; None is in its place where no suite does."""

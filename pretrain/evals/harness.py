@@ -31,7 +31,7 @@ from pretrain.evals.ahead import rows_per_batch
 from pretrain.evals.pictures import ACCENT, INK, new_picture
 from pretrain.evals.subject import Subject
 from pretrain.evals.suite import Suite
-from pretrain.objectives import TokenBatch
+from pretrain.evals.task_subject import one_document_each
 
 PAPER = (
     "wikitext",
@@ -115,9 +115,12 @@ def _load(names: tuple[str, ...], folder: str | None) -> list[Any]:
     manager = _task_manager(names, folder)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        raise UserError(
-            f"lm_eval:{','.join(unknown)}: no such task; see `lm_eval ls tasks`, and add yours with --tasks-folder DIR"
+        own = (
+            f"--tasks-folder {folder} has none in a YAML file that can be read"
+            if folder
+            else "--tasks-folder DIR adds yours"
         )
+        raise UserError(f"lm_eval:{','.join(unknown)}: no such task; `lm_eval ls tasks` lists the harness's, and {own}")
     loaded: list[Any] = []
     for name in names:
         try:
@@ -148,8 +151,12 @@ def _model(subject: Subject, progress: Progress) -> Any:
     """The subject as the harness's model."""
     from lm_eval.models.huggingface import HFLM
 
+    bar = progress.add_task("lm_eval", total=0)
+
     class Harnessed(HFLM):
         """transformers' model in the harness, with our progress bar, BOS once, and a checkpoint's own logits."""
+
+        asked = 0
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             self.add_bos_token = False  # here the harness begins each text with BOS itself
@@ -159,22 +166,30 @@ def _model(subject: Subject, progress: Progress) -> Any:
                 self.add_bos_token = True
 
         def _loglikelihood_tokens(self, requests: list[Any], *_: Any, **options: Any) -> Any:
-            with _bar(progress, "likelihoods", len(requests)) as self.advance:
+            with self._counted(requests):
                 return super()._loglikelihood_tokens(requests, **options | {"disable_tqdm": True})
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            with _bar(progress, "texts", len(requests)) as self.advance:
+            with self._counted(requests):
                 return super().generate_until(requests, disable_tqdm=True)
 
         def _model_call(self, inps: Tensor, *rest: Any, **options: Any) -> Tensor:
-            self.advance(len(inps))
+            progress.advance(bar, len(inps))
             if subject.kind == "export":
                 return super()._model_call(inps, *rest, **options)
             return next_token_logits(subject, inps)
 
         def _model_generate(self, context: Tensor, *rest: Any, **options: Any) -> Tensor:
-            self.advance(len(context))
+            progress.advance(bar, len(context))
             return super()._model_generate(context, *rest, **options)
+
+        @contextmanager
+        def _counted(self, requests: list[Any]) -> Iterator[None]:
+            """Requests with one context go through the model once, so the bar may jump at the end."""
+            self.asked += len(requests)
+            progress.update(bar, total=self.asked)
+            yield
+            progress.update(bar, completed=self.asked)
 
     decoder = subject.decoder().model if subject.kind == "export" else None
     stand_in = SimpleNamespace(device=subject.device, config=SimpleNamespace(model_type="llama"))
@@ -191,18 +206,7 @@ def _model(subject: Subject, progress: Progress) -> Any:
 @torch.inference_mode()
 def next_token_logits(subject: Subject, tokens_BT: Tensor) -> Tensor:
     """(B, T, V): rows that each hold one document from its start, padded at the end."""
-    tokens = torch.cat([tokens_BT, tokens_BT[:, :1]], 1)  # the model reads all but the last
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    batch = TokenBatch(tokens, torch.zeros_like(tokens), positions, torch.ones_like(tokens, dtype=torch.bool))
-    return subject.hidden_states(batch) @ subject.head_VD.T
-
-
-@contextmanager
-def _bar(progress: Progress, what: str, total: int) -> Iterator[Any]:
-    """A bar, and the function that advances it. Requests with one context go through the model once, so it may jump."""
-    task = progress.add_task(what, total=total)
-    yield lambda rows: progress.advance(task, rows)
-    progress.update(task, completed=total)
+    return subject.hidden_states(one_document_each(tokens_BT)) @ subject.head_VD.T
 
 
 @contextmanager

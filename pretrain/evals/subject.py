@@ -68,13 +68,14 @@ def open_data(subject: Subject, path: str | None) -> Dataset:
     path: also the name of a source of the mixture; the first of several with commas between. Raises UserError where
     there is none, or its tokens mean something else to the model.
     """
-    return _open(subject, None if path is None else _places(subject, path)[0])
+    return _open(subject, subject.dataset["path"] if path is None else _places(subject, path)[0], path is not None)
 
 
 def open_domains(subject: Subject, path: str | None) -> dict[str, Dataset]:
     """Data sets by name: every one in `path`, as in `open_data`, or every source that the subject was trained on."""
-    names = list(subject.dataset.get("sources", {})) if path is None else _places(subject, path)
-    return {name: _open(subject, name) for name in names} or {"": _open(subject, None)}
+    trained = list(subject.dataset.get("sources", {})) or [subject.dataset["path"]]
+    names = trained if path is None else _places(subject, path)
+    return {name: _open(subject, name, path is not None) for name in names}
 
 
 def _places(subject: Subject, path: str) -> list[str]:
@@ -82,10 +83,10 @@ def _places(subject: Subject, path: str) -> list[str]:
     return [path] if one else [part.strip() for part in path.split(",")]
 
 
-def _open(subject: Subject, path: str | None) -> Dataset:
+def _open(subject: Subject, place: str, asked: bool) -> Dataset:
     trained = subject.dataset
     sources = {name: source["path"] for name, source in trained.get("sources", {}).items()}
-    chosen = sources.get(path, path) if path else trained["path"]
+    chosen = sources.get(place, place)
     try:
         dataset = open_dataset(
             chosen,
@@ -94,7 +95,7 @@ def _open(subject: Subject, path: str | None) -> Dataset:
             cache_bytes=trained.get("cache_bytes"),
         )
     except UserError as error:
-        if path is None:
+        if not asked:
             raise UserError(f"the data that {subject.path} was trained on: {error}; or give --data") from None
         raise
     if dataset.tokenizer_fingerprint != subject.dataset["tokenizer_fingerprint"]:

@@ -54,6 +54,7 @@ def tasks(tmp_path_factory) -> Path:
     write_task(folder, "writing", QUESTIONS, ["exact_match"], **writing)
     write_task(folder, "broken", QUESTIONS, ["acc"], output_type="multiple_choice", **choice)
     (folder / "broken.jsonl").unlink()
+    (folder / "unread.yaml").write_text("task: [unread")
     return folder
 
 
@@ -152,7 +153,7 @@ def test_a_limit_a_table_a_picture_and_generated_text(folder, tasks, tmp_path, c
     ("names", "options", "message"),
     [
         ((), {}, "name its tasks, as in lm_eval:sciq,piqa, or lm_eval:paper"),
-        (("chioce",), {}, "lm_eval:chioce: no such task"),
+        (("choice", "unread"), {}, "lm_eval:unread: no such task; .*tasks0 has none in a YAML file that can be read"),
         (("choice", "broken"), {}, r"lm_eval:broken: its data set cannot be had \(FileNotFoundError"),
         (("sciq",), {}, r"lm_eval:sciq: its data set cannot be had .*fetch it once where there is a network"),
         (("choice",), {"few_shot": -1}, "--few-shot -1 must be at least 0"),

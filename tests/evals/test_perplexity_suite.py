@@ -146,4 +146,7 @@ def test_data_chooses_among_sources_and_other_sets(mixed, make_data, tmp_path):
     assert list(result["domains"]) == ["code", other] and result["dataset"] == str(sources["code"].path)
     with pytest.raises(UserError, match="nonsense: no such data set"):
         run(folder, tmp_path / "out", data="code,nonsense")
+    sources["code"].path.joinpath("manifest.json").unlink()  # of the share that is not the largest
+    with pytest.raises(UserError, match=r"the data that .* was trained on: .*; or give --data"):
+        run(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -110,6 +110,9 @@ def test_an_honest_forecast_is_calibrated_and_a_boast_is_not():
     assert honest.summary()["calibration_error"] == pytest.approx(0, abs=1e-6)
     assert boast.summary()["calibration_error"] == pytest.approx(0.28, abs=1e-6)
     assert boast.summary()["bins"] == [{"confidence": pytest.approx(0.98), "right": 0.7, "positions": 100}]
+    # Too little confidence elsewhere does not make up for too much here.
+    boast.add(torch.tensor([0.42, 0.3, 0.28]).log().expand(100, 3), targets)
+    assert boast.summary()["calibration_error"] == pytest.approx(0.28, abs=1e-6)
 
 
 def test_a_model_without_dynamics_has_its_trunk_alone_and_says_so(gpt, tmp_path):

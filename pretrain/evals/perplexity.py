@@ -5,7 +5,7 @@
     bits_per_byte   nats / (ln 2 · text bytes), with the nats of each document's end among them
     xz_bits_per_byte   8 · (bytes of the text under xz −9) / text bytes, of the same text
 
-Bits per byte can be compared between tokenizers, and with a compressor.
+Of a mixture each source is evaluated. Bits per byte can be compared between tokenizers, and with a compressor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from data_pipeline import Dataset, Split, UserError, validation_batches
 from pretrain.evals.pictures import ACCENT, GREY, INK, new_picture
-from pretrain.evals.subject import Subject
+from pretrain.evals.subject import Subject, open_domains
 from pretrain.evals.suite import Suite
 from pretrain.objectives import TokenBatch
 from pretrain.objectives.base import next_token_mask
@@ -31,30 +31,44 @@ from pretrain.objectives.fused_loss import fused_cross_entropy_kl
 TOKENS_PER_BATCH = 4096
 
 
-def measure(subject: Subject, dataset: Dataset, limit: int | None, progress: Progress) -> dict[str, Any]:
-    """Evaluate the validation split, or the first `limit` sequences of it.
+def measure(
+    subject: Subject, dataset: Dataset, limit: int | None, progress: Progress, data: str | None = None
+) -> dict[str, Any]:
+    """Evaluate the validation split, or the first `limit` sequences of it; of every data set, where there are several.
 
-    Keys of the result: those of `Subject.described`, dataset, split_tokens, sequences (None: all), tokens, nats,
-    loss, perplexity, text_bytes, bits_per_byte, xz_bytes, xz_bits_per_byte. The last four are None where the
-    evaluated tokens are no whole text: prompts left out, or a limit that cuts a character.
+    data: as in `open_domains`. The result has the keys of `Subject.described`, those of `measure_one` for `dataset`,
+    and where there are several, `domains`: by name, the same for each of them.
+    """
+    domains = open_domains(subject, data)
+    rows = {name: measure_one(subject, one, limit, progress) for name, one in domains.items()}
+    chosen = next(row for row in rows.values() if row["dataset"] == str(dataset.path))
+    return subject.described() | chosen | ({"domains": rows} if len(rows) > 1 else {})
+
+
+def measure_one(subject: Subject, dataset: Dataset, limit: int | None, progress: Progress) -> dict[str, Any]:
+    """Evaluate one data set.
+
+    Keys: dataset, split_tokens, sequences (None: all), tokens, nats, loss, perplexity, text_bytes, bits_per_byte,
+    xz_bytes, xz_bits_per_byte. The last four are None where the evaluated tokens are no whole text: prompts left out,
+    or a limit that cuts a character. Without validation text there are no tokens, and the numbers after them are None.
     """
     split = dataset.split("validation")
-    nats, tokens = total_nats(subject, split, limit, progress)
-    texts = evaluated_texts(dataset, split, subject.sequence_length, limit)
+    nats, tokens = total_nats(subject, split, limit, progress) if split.tokens > 1 else (0.0, 0)
+    texts = evaluated_texts(dataset, split, subject.sequence_length, limit) if tokens else None
     text_bytes = xz_bytes = None
     if texts is not None:
         whole = "".join(texts).encode()
         text_bytes = len(whole) if limit is not None else split.text_bytes
         xz_bytes = compressed_bytes(whole, progress)
-    loss = nats / tokens
-    return subject.described() | {
+    loss = nats / tokens if tokens else None
+    return {
         "dataset": str(dataset.path),
         "split_tokens": split.tokens,
         "sequences": limit,
         "tokens": tokens,
         "nats": nats,
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
         "text_bytes": text_bytes,
         "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
         "xz_bytes": xz_bytes,
@@ -110,40 +124,57 @@ def compressed_bytes(text: bytes, progress: Progress) -> int:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """For the console."""
-    rows = Table(title="perplexity", title_justify="left", show_header=False)
-    rows.add_row("tokens evaluated", f"{result['tokens']:,}")
-    rows.add_row("loss, nats per token", f"{result['loss']:.4f}")
-    rows.add_row("perplexity", f"{result['perplexity']:,.2f}")
-    if result["bits_per_byte"] is not None:
-        rows.add_row("bits per byte", f"{result['bits_per_byte']:.4f}")
-        rows.add_row("xz −9, bits per byte", f"{result['xz_bits_per_byte']:.4f}")
+    """For the console: a column for each data set."""
+    rows = Table(title="perplexity", title_justify="left", show_header="domains" in result)
+    sets = result.get("domains", {"": result})
+    rows.add_column()
+    for name in sets:
+        rows.add_column(name, justify="right")
+    shown = {
+        "tokens evaluated": ("tokens", "{:,}"),
+        "loss, nats per token": ("loss", "{:.4f}"),
+        "perplexity": ("perplexity", "{:,.2f}"),
+        "bits per byte": ("bits_per_byte", "{:.4f}"),
+        "xz −9, bits per byte": ("xz_bits_per_byte", "{:.4f}"),
+    }
+    for title, (key, form) in shown.items():
+        values = [one[key] for one in sets.values()]
+        if values != [None] * len(values):
+            rows.add_row(title, *("–" if value is None else form.format(value) for value in values))
     return rows
 
 
 def picture(result: dict[str, Any]) -> Figure:
-    """Bits per byte beside the compressor's and the 8 of plain text; or the loss beside chance."""
-    if result["bits_per_byte"] is not None:
-        title, unit = "Validation text, bits per byte (less is better)", "bits per byte"
-        bars = {"uncompressed": 8.0, "xz −9": result["xz_bits_per_byte"], "this model": result["bits_per_byte"]}
+    """Of one data set, bits per byte beside the compressor's and the 8 of plain text, or the loss; of several, each."""
+    sets = {name: one for name, one in result.get("domains", {}).items() if one["tokens"]}
+    key = "bits_per_byte" if all(one["bits_per_byte"] is not None for one in [result, *sets.values()]) else "loss"
+    unit, title = {
+        "bits_per_byte": ("bits per byte", "Validation text, bits per byte (less is better)"),
+        "loss": ("nats per token", "Validation loss (less is better)"),
+    }[key]
+    if sets:
+        bars = {name: (sets[name][key], ACCENT) for name in reversed(sets)}
     else:
-        title, unit = "Validation loss (less is better)", "nats per token"
-        bars = {"this model": result["loss"]}
+        bars = {"this model": (result[key], ACCENT)}
+        if key == "bits_per_byte":
+            bars = {"uncompressed": (8.0, GREY), "xz −9": (result["xz_bits_per_byte"], GREY)} | bars
+    values = [value for value, _ in bars.values()]
     figure, axes = new_picture(title, height=1.2 + 0.7 * len(bars))
-    axes.barh(list(bars), list(bars.values()), color=[GREY] * (len(bars) - 1) + [ACCENT], height=0.6)
-    for row, value in enumerate(bars.values()):
+    axes.barh(list(bars), values, color=[colour for _, colour in bars.values()], height=0.6)
+    for row, value in enumerate(values):
         axes.annotate(f"{value:.3f}", (value, row), (4, 0), textcoords="offset points", va="center", color=INK)
     axes.set_xlabel(unit)
-    axes.set_xlim(0, 1.12 * max(bars.values()))
+    axes.set_xlim(0, 1.12 * max(values))
     return figure
 
 
-def check(subject: Subject, dataset: Dataset, limit: int | None) -> None:
+def check(subject: Subject, dataset: Dataset, limit: int | None, data: str | None = None) -> None:
     """The split must hold something to predict."""
+    open_domains(subject, data)
     if dataset.split("validation").tokens < 2:
         raise UserError(
             f"{dataset.path}: its validation split is empty; prepare the data again with a larger --validation"
         )
 
 
-PERPLEXITY = Suite(measure, table, picture, check)
+PERPLEXITY = Suite(measure, table, picture, check, options=("data",))

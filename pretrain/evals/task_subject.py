@@ -53,12 +53,15 @@ def hidden_states(subject: Subject, rows_NL: NDArray[np.int64]) -> Tensor:
     """(N, L, D): the hidden state of every token of rows that each hold one document, in passes of bounded size."""
     parts = []
     for rows in np.array_split(rows_NL, -(-rows_NL.size // TOKENS_PER_PASS)):
-        tokens = torch.from_numpy(rows).to(subject.device)
-        tokens = torch.cat([tokens, tokens[:, :1]], 1)  # the model reads all but the last
-        positions = torch.arange(tokens.shape[1], device=subject.device).expand_as(tokens)
-        batch = TokenBatch(tokens, torch.zeros_like(tokens), positions, torch.ones_like(tokens, dtype=torch.bool))
-        parts.append(subject.hidden_states(batch))
+        parts.append(subject.hidden_states(one_document_each(torch.from_numpy(rows).to(subject.device))))
     return torch.cat(parts)
+
+
+def one_document_each(tokens_BL: Tensor) -> TokenBatch:
+    """Rows of L tokens, each a document from its start, all of which the model reads."""
+    tokens = torch.cat([tokens_BL, tokens_BL[:, :1]], 1)  # the model reads all but the last
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return TokenBatch(tokens, torch.zeros_like(tokens), positions, torch.ones_like(tokens, dtype=torch.bool))
 
 
 @torch.inference_mode()
@@ -105,7 +108,10 @@ def percent(one: dict[str, float]) -> str:
 
 def effective_rank(states_ND: Tensor) -> tuple[float, list[float]]:
     """exp(entropy of σ / Σσ) of the uncentred matrix, and its singular values as shares of their sum."""
-    values = torch.linalg.svdvals(states_ND.double().cpu())
-    weights = values / values.sum()
-    entropy = -(weights * weights.clamp(min=1e-300).log()).sum()
-    return float(entropy.exp()), weights.tolist()
+    return rank_of(torch.linalg.svdvals(states_ND.double().cpu()))
+
+
+def rank_of(singular_values: Tensor) -> tuple[float, list[float]]:
+    """`effective_rank` of a matrix with these singular values."""
+    weights = singular_values / singular_values.sum()
+    return float(torch.special.entr(weights).sum().exp()), weights.tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +31,20 @@ def _one_thread():
 
 @pytest.fixture(scope="package")
 def make_data(tmp_path_factory):
-    """make_data(texts, prompts=None): a data set in bytes whose validation split holds `texts`."""
+    """make_data(texts, prompts=None, train=[]): a data set in bytes whose validation split holds `texts`."""
 
-    def make(texts: list[str], prompts: list[int] | None = None) -> Dataset:
+    def make(texts: list[str], prompts: list[int] | None = None, train: Sequence[str] = ()) -> Dataset:
         folder, tokenizer = tmp_path_factory.mktemp("data") / "set", load_tokenizer("bytes")
-        documents = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in texts]
-        tokens = np.array([token for document in documents for token in document], token_dtype(257))
-        starts = np.cumsum([0, *map(len, documents)])[:-1].astype(np.int64)
-        given = None if prompts is None else np.array(prompts, np.uint32)
-        size = sum(len(text.encode()) for text in texts)
-        entry = write_shard(folder, "validation", 0, tokens, starts, given, text_bytes=size)
-        write_manifest(folder, tokenizer, {"validation": [entry]})
+        entries = {}
+        for split, (contents, given) in {"validation": (texts, prompts), "train": (train, None)}.items():
+            documents = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in contents]
+            tokens = np.array([token for document in documents for token in document], token_dtype(257))
+            starts = np.cumsum([0, *map(len, documents)])[:-1].astype(np.int64)
+            prompt_lengths = None if given is None else np.array(given, np.uint32)
+            size = sum(len(text.encode()) for text in contents)
+            if documents:
+                entries[split] = [write_shard(folder, split, 0, tokens, starts, prompt_lengths, text_bytes=size)]
+        write_manifest(folder, tokenizer, entries)
         return open_dataset(folder)
 
     return make

@@ -32,8 +32,10 @@ def oracle(vocabulary: int, logits, dynamics=None) -> Subject:
         sequence_length=8,
         dataset={},
         hidden_states=lambda batch: logits(batch.tokens[:, :-1]).float(),
+        trunk_states=lambda batch: logits(batch.tokens[:, :-1]).float(),
         head_VD=eye,
         decoder=lambda: decoder,  # type: ignore[arg-type, return-value]
+        transformers_tokenizer=lambda: None,
         can_draft=dynamics is not None,
         device=torch.device("cpu"),
     )

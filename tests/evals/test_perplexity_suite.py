@@ -10,9 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from data_pipeline import Dataset
+from data_pipeline import Dataset, UserError
 from pretrain.evals import perplexity
 from pretrain.evaluate import evaluate
+from pretrain.export import export
 
 
 def run(source, out, **options) -> dict:
@@ -99,3 +100,53 @@ def test_pictures_show_what_the_result_has():
     without = perplexity.picture(result | {"bits_per_byte": None}).axes[0]
     assert [bar.get_width() for bar in without.patches] == [2.0]
     assert without.get_xlabel() == "nats per token"
+
+
+@pytest.fixture
+def mixed(make_data, tmp_path_factory):
+    """An export that was trained on three sources: code, prose, and one without validation text."""
+    from export_helpers import MemoryCheckpoint, bytes_tokenizer
+
+    sources = {"code": make_data(["def f(x):\n    return x\n" * 3]), "prose": make_data(["once upon a time " * 8])}
+    sources["empty"] = make_data([])
+    made = MemoryCheckpoint(bytes_tokenizer())
+    made.dataset |= {"path": str(sources["prose"].path)}
+    made.dataset["sources"] = {
+        name: {"path": str(one.path), "fingerprint": one.fingerprint, "share": 0.3} for name, one in sources.items()
+    }
+    folder = export(made, tmp_path_factory.mktemp("exports") / "mixed", console=Console(file=io.StringIO()))
+    return made, folder, sources
+
+
+def test_each_source_of_a_mixture_has_a_row_of_its_own(mixed, tmp_path):
+    checkpoint, folder, sources = mixed
+    result = run(folder, tmp_path)
+    assert list(result["domains"]) == ["code", "prose", "empty"]
+    for name in ("code", "prose"):
+        row, split = result["domains"][name], sources[name].split("validation")
+        nats, count = direct(checkpoint, sources[name], length=48)
+        assert row["dataset"] == str(sources[name].path)
+        assert row["tokens"] == count == split.tokens - 1
+        assert row["nats"] == pytest.approx(nats, rel=1e-5)
+        assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / split.text_bytes, rel=1e-5)
+    assert result["domains"]["code"]["nats"] != pytest.approx(result["domains"]["prose"]["nats"], rel=0.01)
+    empty = result["domains"]["empty"]
+    assert empty["tokens"] == 0 and empty["loss"] is empty["perplexity"] is empty["bits_per_byte"] is None
+    # What stands for the whole is the source of the largest share, as without a mixture.
+    assert result["domains"]["prose"].items() <= result.items()
+    bars = perplexity.picture(result).axes[0].patches
+    assert [bar.get_width() for bar in bars] == [result["domains"][n]["bits_per_byte"] for n in ("prose", "code")]
+
+
+def test_data_chooses_among_sources_and_other_sets(mixed, make_data, tmp_path):
+    _, folder, sources = mixed
+    assert "domains" not in run(folder, tmp_path, data="code")
+    other = str(make_data(["something else " * 5]).path)
+    result = run(folder, tmp_path, data=f"code, {other}")
+    assert list(result["domains"]) == ["code", other] and result["dataset"] == str(sources["code"].path)
+    with pytest.raises(UserError, match="nonsense: no such data set"):
+        run(folder, tmp_path / "out", data="code,nonsense")
+    sources["code"].path.joinpath("manifest.json").unlink()  # of the share that is not the largest
+    with pytest.raises(UserError, match=r"the data that .* was trained on: .*; or give --data"):
+        run(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,9 @@ import torch
 from rich.console import Console
 
 from data_pipeline import Dataset, UserError
+from pretrain.evals.subject import open_subject
 from pretrain.evaluate import evaluate
+from pretrain.export import export
 from pretrain.objectives import TokenBatch
 
 MTP = {"name": "mtp", "horizon": 2, "multi_token_weight": 1.0}
@@ -83,6 +85,24 @@ def test_drafting_is_measured_from_a_checkpoint(objective: dict, make_run, tmp_p
     result = evaluate(tmp_path, ["speculative"], out, limit=2, console=Console(file=io.StringIO()))["speculative"]
     assert result["texts_equal"] is True and result["drafted"] > 0
     assert len(result["alive_by_position"]) <= 2  # as far as it was trained
+
+
+@pytest.mark.parametrize("objective", [MTP, JTP, BST], ids=["mtp", "jtp", "bst"])
+@torch.no_grad()
+def test_trunk_states_are_those_before_what_the_objective_adds(objective: dict, make_run, tmp_path):
+    checkpoint = make_run(objective)
+    batch = one_document(torch.arange(40) * 5 % 256)
+    trunk = checkpoint.model.trunk
+    whole = trunk(batch.tokens[:, :-1], batch.document_ids[:, :-1], batch.positions[:, :-1])
+    expected = whole.hidden
+    if objective is MTP:  # the last block and the norm are head 0's own
+        shared = trunk.embed_tokens(batch.tokens[:, :-1])
+        for layer in trunk.layers[:-1]:
+            shared = layer(shared, whole.rotation, whole.mask)
+        expected = shared / (shared.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        folder = export(checkpoint, tmp_path / "mtp", console=Console(file=io.StringIO()))
+        torch.testing.assert_close(open_subject(folder).trunk_states(batch), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(open_subject(tmp_path).trunk_states(batch), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_bst_has_nothing_to_draft_with(make_run, tmp_path):

@@ -74,6 +74,30 @@ def test_a_command_without_what_it_needs_says_so_in_one_line(
     assert code == 2 and message in output and output.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("source", "export", "evaluation"),
+    [
+        ("runs/mine/", "exports/mine", "runs/mine/evaluation"),
+        ("runs/mine/checkpoints/step_00000006", "exports/mine-step_00000006", "runs/mine/evaluation/step_00000006"),
+    ],
+)
+def test_suites_and_their_options_pass_through_to_the_evaluation(
+    tmp_path: Path, tiny_data: Path, source: str, export: str, evaluation: str
+) -> None:
+    site = make_site(tmp_path, tiny_data)
+    (site.folder / "slurm" / "site.env").write_text("PYTHON=/bin/echo\n")
+    asked = ["--suite", "perplexity,lm_eval:paper,latent", "--few-shot", "2", "--tasks-folder", "my tasks"]
+    submitted = {"SLURM_SUBMIT_DIR": str(site.folder)}
+    code, output = site.script("slurm/export_eval.sh", source, *asked, **submitted)
+    assert code == 0 and output.splitlines() == [
+        f"-m pretrain.export {source.rstrip('/')} --out {export} --overwrite",
+        f"-m pretrain.evaluate {export} --out {evaluation} {' '.join(asked)}",
+        "-m pretrain.report runs/mine --out runs/mine/report.html",
+    ]
+    code, output = site.script("slurm/export_eval.sh", source, **submitted)
+    assert code == 0 and "--suite perplexity,speculative" in output.splitlines()[1]
+
+
 def test_a_task_notes_how_it_ended_and_outlives_an_early_warning(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(
         "import os, signal, sys\nos.kill(os.getpid(), signal.SIGUSR2)\n"

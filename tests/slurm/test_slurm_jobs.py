@@ -146,6 +146,25 @@ def test_a_lost_node_costs_what_came_after_the_last_checkpoint(site: Site, unint
     assert is_like(site.run(name), uninterrupted)
 
 
+@pytest.mark.usefixtures("nodes_come_back")
+@pytest.mark.parametrize("lost", [0, 1], ids=["of the batch script", "another"])
+def test_a_job_goes_on_with_the_nodes_that_are_left(site: Site, uninterrupted: list, lost: int) -> None:
+    name = f"fewer_{lost}"
+    cluster.cut("pt3")
+    cluster.wait_for("the loss of pt3", lambda: "pt3" in cluster.nodes("down"))
+    job = site.sbatch(*TWO_NODES, "slurm/pretrain.sh", str(site.config(name, LONG)))
+    job.wait(lambda: job.steps(name) >= 50)
+    cluster.cut(("pt1", "pt2")[lost])
+    job.end()
+    assert job.field("NodeList") == ("pt2", "pt1")[lost]
+    assert "1 of 2 nodes are left: the batch fits 1 of them, batch.micro_sequences=4" in job.log
+    records = without_times(read_metrics(site.run(name)))
+    assert [record["step"] for record in records] == list(range(1, 201))
+    for ours, theirs in zip(records, uninterrupted, strict=True):
+        assert (ours["tokens"], ours["learning_rate"]) == (theirs["tokens"], theirs["learning_rate"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3), f"step {ours['step']}: other batches"
+
+
 def test_preflight_names_a_bad_node_excludes_it_and_requeues_without_it(tmp_path: Path, tiny_data: Path) -> None:
     site = make_site(tmp_path, tiny_data)
     with (site.folder / "slurm" / "site.env").open("a") as settings:

@@ -21,7 +21,7 @@ ask_for_nodes_left() { # ask_for_nodes_left SUBMITTED PER_NODE: if this job wait
   [ "$nodes" != "$SLURM_JOB_NUM_NODES" ] || return 0
   tasks=$((nodes * $2))
   scontrol update JobId="$id" NumNodes="$nodes-$nodes" NumTasks=$tasks NumCPUs=$((tasks * ${SLURM_CPUS_PER_TASK:-1})) &&
-    echo "$left nodes are left: job $id goes on with $nodes of the $1 it was submitted for"
+    echo "job $id, submitted for $1 nodes, asks for $nodes now; working nodes: $left"
 }
 
 wait_for_word_of_lost_nodes() { # wait_for_word_of_lost_nodes LOGS: until SLURM knows of every node that is lost

@@ -157,7 +157,12 @@ def configuration() -> str:
     for i, node in enumerate(NODES, 1):
         shape = f"CPUs={CPUS} CoresPerSocket={CPUS} RealMemory=100000 Gres=gpu:{GPUS} State=UNKNOWN"
         lines.append(f"NodeName={node} NodeAddr=127.0.2.{i} Port={PORT + i} {shape}")
-    lines.append("PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+    lines += [
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+        "PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60",
+        "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -83,10 +83,9 @@ train() {
 }
 
 use_what_fits() { # on fewer nodes than submitted, the batch may fit fewer still, or in smaller parts alone
-  local nodes micro
-  read -r nodes micro < <("$PYTHON" -m pretrain.jobs.fit "$job/config.yaml" --nodes "$SLURM_JOB_NUM_NODES" --per-node "$per_node") ||
-    return 1
-  echo "$SLURM_JOB_NUM_NODES of $submitted nodes are left: the batch fits $nodes of them, batch.micro_sequences=$micro"
+  local nodes micro all=$SLURM_JOB_NUM_NODES
+  read -r nodes micro < <("$PYTHON" -m pretrain.jobs.fit "$job/config.yaml" --nodes "$all" --per-node "$per_node") || return 1
+  echo "$all of $submitted nodes are left: the batch fits $nodes of them, batch.micro_sequences=$micro"
   options+=(--nodes="$nodes" --ntasks=$((nodes * per_node)))
   options+=(--nodelist="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$nodes" | paste -sd,)")
   overrides+=(batch.micro_sequences="$micro")
@@ -107,6 +106,13 @@ judge begin || exit 1
 listed=$(comm -12 <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort) <(excluded_nodes | tr , '\n'))
 [ -z "$listed" ] || { echo "slurm/exclude names $(paste -sd, <<<"$listed"): starting again without" && requeue; }
 echo "start $start of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $run"
+trap 'ask_for_nodes_left "$submitted" "$per_node"; exit 143' TERM # requeued by SLURM, or cancelled
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+  # They outlive a lost node, and take nothing that the ranks have.
+  srun --export=ALL --overlap --no-kill --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
+    "$CODE/slurm/sentinel.sh" "$submitted" "$per_node" "$logs" 2>/dev/null &
+  sentinels=$!
+fi
 if [ "$with_preflight" != 0 ] && ! preflight; then
   [ "$(judge end --code 1 --why "preflight: $(cat "$logs/preflight/verdict")")" = restart ] || exit 1
   requeue
@@ -115,13 +121,6 @@ fi
 if [ "$SLURM_JOB_NUM_NODES" -lt "$submitted" ] && ! use_what_fits; then
   judge end --code 2 --why "the batch fits no number of nodes up to $SLURM_JOB_NUM_NODES"
   exit 1
-fi
-trap 'ask_for_nodes_left "$submitted" "$per_node"; exit 143' TERM # requeued by SLURM, or cancelled
-if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-  # They outlive a lost node, and take nothing that the ranks have.
-  srun --export=ALL --overlap --no-kill --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
-    "$CODE/slurm/sentinel.sh" "$submitted" "$per_node" "$logs" 2>/dev/null &
-  sentinels=$!
 fi
 train &
 ranks=$!
@@ -135,6 +134,9 @@ verdict=$(judge end --code "$code")
 echo "start $start of job $SLURM_JOB_ID: $(cat "$run/outcome" 2>/dev/null || echo died) (srun: $code), $verdict"
 case $verdict in
   finished) exit 0 ;;
-  restart) wait_for_word_of_lost_nodes "$logs" && requeue ;;
+  restart)
+    wait_for_word_of_lost_nodes "$logs"
+    requeue
+    ;;
   *) exit "$((code == 0 ? 1 : code))" ;;
 esac

@@ -47,7 +47,9 @@ def test_each_of_this_repositorys_jobs_is_one_line(write_config: WriteConfig, qu
     folder = submit(write_config, "7", "going")
     submit(write_config, "8", "waiting")
     capsys.readouterr()
-    (folder / "starts.jsonl").write_text('{"start": 0, "step": 0}\n{"start": 0, "end": "hung"}\n{"start": 1, "step": 2}\n')
+    (folder / "starts.jsonl").write_text(
+        '{"start": 0, "step": 0}\n{"start": 0, "end": "hung"}\n{"start": 1, "step": 2}\n'
+    )
     lines = [{"step": 3, "loss": 4.25, "tokens_per_second": 1234.5}, {"step": 4, "loss": 4.0, "tokens_per_second": 1}]
     metrics = json.dumps(lines[0]) + "\n" + json.dumps(lines[1])[:-5]  # the last one is being written
     (folder.parents[1] / "metrics.jsonl").write_text(metrics)

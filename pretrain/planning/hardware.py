@@ -24,7 +24,7 @@ class Gpu:
     """To other nodes: the network card beside each GPU in the vendor's own system."""
 
 
-# NVIDIA's data sheets of the GPUs, and of the DGX systems for their networks.
+# Speeds as NVIDIA's data sheets of the GPUs and of the DGX systems give them.
 GPUS = {
     # NVLink 3, 600 GB/s; DGX A100: ConnectX-6, 200 Gb/s
     "A100-40": Gpu(40_960 * MIB, PEAK_TFLOPS["A100"], 300, 25),

@@ -134,9 +134,6 @@ verdict=$(judge end --code "$code")
 echo "start $start of job $SLURM_JOB_ID: $(cat "$run/outcome" 2>/dev/null || echo died) (srun: $code), $verdict"
 case $verdict in
   finished) exit 0 ;;
-  restart)
-    wait_for_word_of_lost_nodes "$logs"
-    requeue
-    ;;
+  restart) requeue ;;
   *) exit "$((code == 0 ? 1 : code))" ;;
 esac

@@ -47,6 +47,10 @@ excluded_nodes() { # what preflight has put on the list, and the person who keep
   [ ! -s slurm/exclude ] || cut -d' ' -f1 slurm/exclude | sort -u | paste -sd,
 }
 
+job_name() { # this job, as scontrol means it: the last task of an array has the array's id, which there names all tasks
+  echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+}
+
 job_field() { # job_field ID NAME: one field of `scontrol show job`; empty if SLURM has no value for it
   scontrol show job --oneliner "$1" | tr ' ' '\n' | sed -n "s/^$2=//p" | grep -vx '(null)' | head -n 1
 }

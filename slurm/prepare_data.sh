@@ -33,7 +33,7 @@ done
 code=$?
 if [ $code -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
   echo "killed ($code): starting again"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$(job_name)"
 fi
 [ $code = 0 ] || exit $code
 

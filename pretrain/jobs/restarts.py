@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import signal
 import sys
@@ -219,8 +220,17 @@ def main(argv: list[str] | None = None) -> None:
     start = Start(arguments.job.resolve(), arguments.start, arguments.nodes, arguments.logs, arguments.cap)
     verdict = start.begin() if arguments.moment == "begin" else start.end(arguments.code, arguments.why)
     if arguments.moment == "end":
-        print(verdict)
+        tell(verdict)
     sys.exit(verdict == "failed")
+
+
+def tell(verdict: Verdict) -> None:
+    """Print it, if somebody is there to read: SLURM may have killed the script that asked."""
+    try:
+        print(verdict, flush=True)
+    except BrokenPipeError:
+        # What could not be written is still in the buffer, and Python would complain of it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def progress(folder: Path, metrics: Path, now: float) -> list[str]:
     if not whole:
         return [f"0/{total}", "", "", ""]
     last = json.loads(whole[-1])
-    return [f"{last['step']}/{total}", f"{last['loss']:.4f}", f"{last['tokens_per_second']:,.0f}", f"{age:.0f} s ago"]
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+    return [f"{last['step']}/{total}", loss, f"{last['tokens_per_second']:,.0f}", f"{age:.0f} s ago"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="pretrain.jobs.watch", description="Look at this repository's jobs.")
     parser.add_argument("seconds", type=float, nargs="?", metavar="SECONDS", help="look again every SECONDS")
     arguments = parser.parse_args(argv)
-    console = Console()
+    # Into a file or a pipe, as wide as it is; and `node[a-b]` is no markup.
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
     while True:
         console.print(table(queued(), time.time()))
         if arguments.seconds is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import UserError
+from pretrain import distributed
 from pretrain.distributed import Ranks, discover, interface_to_another_node, slurm_hosts
 
 DEEPSPEED = {
@@ -74,3 +75,17 @@ def test_a_container_without_scontrol_knows_the_master_alone(monkeypatch: pytest
     assert interface_to_another_node(container | {"SLURMD_NODENAME": "localhost"}) is None
     with pytest.raises(UserError, match="set MASTER_ADDR"):
         slurm_hosts(SRUN)
+
+
+def test_ranks_of_a_job_meet_on_a_port_of_its_own_and_on_another_after_a_requeue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ports = []
+    for job, restarts in (("7", "0"), ("7", "1"), ("8", "0")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        ports.append(int(distributed._slurm_port()))
+    assert len(set(ports)) == 3 and all(20_000 <= port < 40_000 for port in ports)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT")  # as in the first start
+    assert int(distributed._slurm_port()) == ports[0]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,14 @@ def test_the_command_prints_the_verdict(job: Path, capsys: pytest.CaptureFixture
         main(["end", *common, "--code=1", "--why=preflight: node2 is ill"])
     assert (ended.value.code, capsys.readouterr().out) == (1, "failed\n")
     assert "preflight: node2 is ill" in (job.parents[1] / "failure.md").read_text()
+
+
+def test_the_command_says_nothing_to_a_script_that_was_killed(job: Path) -> None:
+    start(job, 0).begin()
+    command = [sys.executable, "-m", "pretrain.jobs.restarts", "end", str(job), "--start=0", "--nodes=node1"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([*command, f"--logs={job}"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "no rank left word" in (job / "starts.jsonl").read_text()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from launch import launch
 
 from data_pipeline import UserError
@@ -85,6 +86,24 @@ def test_the_stand_ins_for_gpu_kernels_leave_torch_as_it_was() -> None:
 def test_each_zero_stage_spreads_what_it_should(stage: int, weights: int, gradients: int, optimizer: int) -> None:
     held = memory(large(f"deepspeed.zero_optimization.stage={stage}"), SIZES, 4, 2)
     assert (held.weights, held.gradients, held.optimizer) == (weights, gradients, optimizer)
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_zero_3_holds_what_deepspeeds_own_estimate_says(nodes: int) -> None:
+    """In bfloat16: 18 bytes a parameter, spread over the ranks, of which offloading leaves 2, or none, on the GPU."""
+    offload = f"deepspeed=@{CONFIGS}/deepspeed/offload_cpu.yaml"
+    cases = {
+        (False, False): large(),
+        (True, False): large(offload),
+        (True, True): large(offload, "deepspeed.zero_optimization.offload_param.device=cpu"),
+    }
+    for (optimizer, weights), config in cases.items():
+        host, gpu, of_largest_layer = estimate_zero3_model_states_mem_needs(
+            1000, 0, 8, nodes, cpu_offload=optimizer, cpu_offload_params=weights, additional_buffer_factor=1
+        )
+        ours = memory(config, SIZES, 8 * nodes, 2)
+        assert int(ours.weights + ours.gradients + ours.optimizer) == gpu
+        assert of_largest_layer == 0 and (not optimizer or int(8 * ours.host) == host)
 
 
 def test_offloading_moves_the_optimizer_to_where_the_config_says() -> None:

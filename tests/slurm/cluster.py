@@ -60,7 +60,7 @@ def up() -> None:
     wait_for("slurmctld", lambda: " UP" in ask("scontrol", "ping").stdout)
     for node in NODES:
         start_node(node)
-    wait_for("the nodes", lambda: idle_nodes() == set(NODES))
+    wait_for("the nodes", lambda: nodes("idle") == set(NODES))
 
 
 def down() -> None:
@@ -82,7 +82,7 @@ def mend(node: str) -> None:
     ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=cut")  # what ran on it runs no more
     shutil.rmtree(FOLDER / "spool" / node, ignore_errors=True)
     start_node(node)
-    wait_for(node, lambda: node in idle_nodes())
+    wait_for(node, lambda: node in nodes("idle"))
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:
@@ -90,9 +90,9 @@ def ask(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
 
 
-def idle_nodes() -> set[str]:
-    """The nodes that wait for work."""
-    return set(ask("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").stdout.split())
+def nodes(state: str) -> set[str]:
+    """The nodes in a state: `idle`, `down`."""
+    return set(ask("sinfo", "--noheader", "--Node", f"--states={state}", "--format=%N").stdout.split())
 
 
 def cut_nodes() -> list[str]:
@@ -157,7 +157,12 @@ def configuration() -> str:
     for i, node in enumerate(NODES, 1):
         shape = f"CPUs={CPUS} CoresPerSocket={CPUS} RealMemory=100000 Gres=gpu:{GPUS} State=UNKNOWN"
         lines.append(f"NodeName={node} NodeAddr=127.0.2.{i} Port={PORT + i} {shape}")
-    lines.append("PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+    lines += [
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+        "PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60",
+        "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -59,6 +59,33 @@ def test_a_sweep_makes_a_run_for_each_combination_and_evaluation_follows_success
     assert (site.run("swept-seed_3") / "report.html").exists()
 
 
+def test_each_task_of_an_array_is_requeued_alone_the_last_one_too(site: Site) -> None:
+    config = str(site.config("warned", {"schedule.steps": 60}))
+    code, output = site.script("slurm/sweep.sh", "--ntasks-per-node=1", config, "run.seed=3,4")
+    array = site.job(code, output)
+    held = []
+    for number in (0, 1):
+        array.wait(lambda n=number: array.steps(f"warned-seed_{3 + n}") >= 2)
+        task = {f"SLURM_ARRAY_JOB_ID={array.number}", f"SLURM_ARRAY_TASK_ID={number}", "SLURM_STEP_ID=0"}
+        held.append(python_process(task))
+        os.kill(held[-1], signal.SIGSTOP)  # so that it is not done before the other is told
+    # By its number alone the last one would stand for the whole array.
+    cluster.ask("scancel", "--signal=USR2", f"{array.number}_1")
+    os.kill(held[1], signal.SIGCONT)
+    array.wait(lambda: restarts(array, 1) == 1)
+    assert restarts(array, 0) == 0
+    os.kill(held[0], signal.SIGCONT)
+    for task_job in (Job(array.number, site), Job(array.number + 1, site)):
+        task_job.end()
+    assert (restarts(array, 0), restarts(array, 1)) == (0, 1)
+
+
+def restarts(array: Job, number: int) -> int:
+    """How often one task of an array was restarted."""
+    shown = cluster.ask("scontrol", "show", "job", "--oneliner", f"{array.number}_{number}").stdout
+    return int(shown.partition("Restarts=")[2].split()[0])
+
+
 def test_evaluation_is_cancelled_if_its_job_fails(site: Site) -> None:
     job = site.sbatch("--hold", "--ntasks-per-node=1", "slurm/pretrain.sh", "nothing.yaml")
     follower = site.sbatch(f"--dependency=afterok:{job.number}", "slurm/export_eval.sh", "runs/none")

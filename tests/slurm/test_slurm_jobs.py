@@ -101,9 +101,22 @@ def is_pending(process: int, number: signal.Signals) -> bool:
     return bool(int(pending.split()[1], 16) >> (number - 1) & 1)
 
 
+def test_a_preempted_job_saves_makes_room_and_goes_on(site: Site, uninterrupted: list) -> None:
+    job = site.sbatch(*TWO_NODES, "slurm/pretrain.sh", str(site.config("preempted", LONG)))
+    job.wait(lambda: job.steps("preempted") >= 50)
+    urgent = site.sbatch("--partition=urgent", "--nodes=3", "--exclusive", "--wrap=sleep 3")
+    urgent.end()
+    job.end()
+    assert job.restarts == 1 and "received SIGTERM at step" in job.log
+    assert is_like(site.run("preempted"), uninterrupted)
+
+
 def test_a_cancelled_job_saves_and_is_not_requeued(site: Site) -> None:
     job = site.sbatch(*TWO_NODES, "slurm/pretrain.sh", str(site.config("cancelled", LONG)))
     job.wait(lambda: job.steps("cancelled") >= 5)
+    code, watched = site.script("slurm/watch.sh")
+    (row,) = (line.split() for line in watched.splitlines() if line.startswith(f"│ {job.number} "))
+    assert code == 0 and row[3:6:2] == ["cancelled", "RUNNING"] and "pt[1-2]" in row, watched
     cluster.ask("scancel", str(job.number))
     job.end("CANCELLED")
     time.sleep(10)  # a requeued job would be waiting or running by now
@@ -146,6 +159,25 @@ def test_a_lost_node_costs_what_came_after_the_last_checkpoint(site: Site, unint
     assert is_like(site.run(name), uninterrupted)
 
 
+@pytest.mark.usefixtures("nodes_come_back")
+@pytest.mark.parametrize("lost", [0, 1], ids=["of the batch script", "another"])
+def test_a_job_goes_on_with_the_nodes_that_are_left(site: Site, uninterrupted: list, lost: int) -> None:
+    name = f"fewer_{lost}"
+    cluster.cut("pt3")
+    cluster.wait_for("the loss of pt3", lambda: "pt3" in cluster.nodes("down"))
+    job = site.sbatch(*TWO_NODES, "slurm/pretrain.sh", str(site.config(name, LONG)))
+    job.wait(lambda: job.steps(name) >= 50)
+    cluster.cut(("pt1", "pt2")[lost])
+    job.end()
+    assert job.field("NodeList") == ("pt2", "pt1")[lost]
+    assert "1 of 2 nodes are left: the batch fits 1 of them, batch.micro_sequences=4" in job.log
+    records = without_times(read_metrics(site.run(name)))
+    assert [record["step"] for record in records] == list(range(1, 201))
+    for ours, theirs in zip(records, uninterrupted, strict=True):
+        assert (ours["tokens"], ours["learning_rate"]) == (theirs["tokens"], theirs["learning_rate"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3), f"step {ours['step']}: other batches"
+
+
 def test_preflight_names_a_bad_node_excludes_it_and_requeues_without_it(tmp_path: Path, tiny_data: Path) -> None:
     site = make_site(tmp_path, tiny_data)
     with (site.folder / "slurm" / "site.env").open("a") as settings:
@@ -159,6 +191,10 @@ def test_preflight_names_a_bad_node_excludes_it_and_requeues_without_it(tmp_path
     following = site.submit("--hold", *TWO_NODES, str(site.config("next")))
     assert following.field("ExcNodeList") == "pt2"
     cluster.ask("scancel", str(following.number))
+    unaware = site.sbatch(*TWO_NODES, "slurm/pretrain.sh", str(site.config("unaware")))
+    unaware.end()
+    assert "slurm/exclude names pt2: starting again without" in unaware.log
+    assert (unaware.field("Restarts"), unaware.field("NodeList")) == ("1", "pt[1,3]")
 
 
 def test_a_job_that_gets_no_further_ends_with_a_page_that_says_why(site: Site) -> None:
@@ -197,6 +233,15 @@ def test_mistakes_are_refused_at_submission(
     assert code == 2 and len(errors) == 1 and message in errors[0], output
     assert jobs() <= before
     assert not site.run("refused").exists()
+
+
+def test_a_dry_run_asks_slurm_and_submits_nothing(site: Site) -> None:
+    before = jobs()
+    code, output = site.script("slurm/submit.sh", "--dry-run", *TWO_NODES, str(site.config("dry")), "run.seed=3")
+    assert code == 0 and "to start at" in output, output
+    assert any(line.startswith("sbatch ") and "run.seed=3" in line for line in output.splitlines())
+    assert any(line.startswith("srun ") and "pretrain.train" in line for line in output.splitlines())
+    assert jobs() <= before and not site.run("dry").exists()
 
 
 @pytest.mark.parametrize(

@@ -112,3 +112,46 @@ def test_a_task_notes_how_it_ended_and_outlives_an_early_warning(tmp_path: Path)
         assert result.returncode == seen, result.stderr
         assert (tmp_path / "rank-3.exit").read_text().startswith(f"{code} node1 ")
         assert all(path.startswith(str(tmp_path)) for path in result.stdout.split())
+
+
+FAKE_SCONTROL = """#!/bin/sh
+case "$1 $2" in
+  "show job") echo "JobId=$4 Restarts=$RESTARTS ExcNodeList=$EXCLUDED" ;;
+  "show hostnames") echo "$3" | tr , '\\n' ;;
+  update*) echo "$@" ;;
+esac
+"""
+FOUR_OF_SIX = "n1 allocated\nn2 idle\nn3 down*\nn4 draining\nn5 mixed\nn6 idle\n"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "environment", "asked"),
+    [
+        (FOUR_OF_SIX, {}, 4),
+        (FOUR_OF_SIX, {"EXCLUDED": "n1,n6"}, 2),
+        (FOUR_OF_SIX, {"SLURM_CPUS_PER_TASK": "6"}, 4),
+        (FOUR_OF_SIX + "n7 idle\n", {}, None),
+        (FOUR_OF_SIX + "n7 idle\nn8 idle\n", {}, None),
+        (FOUR_OF_SIX + "n7 idle\n", {"SLURM_JOB_NUM_NODES": "3"}, 5),
+        (FOUR_OF_SIX, {"MIN_NODES": "5"}, None),
+        (FOUR_OF_SIX, {"RESTARTS": "1"}, None),
+    ],
+    ids=["fewer", "excluded", "cpus", "as many", "more", "a node is mended", "too few", "told to end alone"],
+)
+def test_a_job_to_be_restarted_asks_for_the_nodes_left(
+    tmp_path: Path, nodes: str, environment: dict[str, str], asked: int | None
+) -> None:
+    """A job of 5 nodes, 2 ranks on each, whose start 1 is ending."""
+    for name, text in (("scontrol", FAKE_SCONTROL), ("sinfo", f"#!/bin/sh\nprintf '{nodes}'\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "5", "SLURM_JOB_PARTITION": "p", "SLURM_RESTART_COUNT": "1"}
+    variables = job | {"RESTARTS": "2", "EXCLUDED": "(null)", "PATH": f"{tmp_path}:{os.environ['PATH']}"} | environment
+    scripts = Path(__file__).parents[2] / "slurm"
+    command = f". {scripts}/common.sh && . {scripts}/lost_nodes.sh && ask_for_nodes_left 5 2"
+    result = subprocess.run(["bash", "-c", command], env=variables, capture_output=True, text=True)
+    assert result.stderr == ""
+    updates = [line for line in result.stdout.splitlines() if line.startswith("update ")]
+    cpus = 2 * int(environment.get("SLURM_CPUS_PER_TASK", 1))
+    expected = f"update JobId=7 NumNodes={asked}-{asked} NumTasks={2 * (asked or 0)} NumCPUs={cpus * (asked or 0)}"
+    assert updates == ([expected] if asked else [])

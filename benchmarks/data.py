@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data_readers import CONTENDERS, ROUNDS, B, T
+from benchmarks.machine import machine
 
 EOS, VOCAB = 1, 32_000
 RAW = "raw np.memmap, random windows"
@@ -140,16 +140,6 @@ def _table(found: dict[str, list[dict[str, float]]], far: float, made: dict[str,
         f"{tokens / 1e6:.0f} million tokens of uint16, T = {T}, batch of {B}; a rate is the best of {ROUNDS} rounds, "
     )
     return head + "the median over passes.\n\n" + "\n".join(lines) + "\n"
-
-
-def machine() -> str:
-    """The machine in words."""
-    model = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists() and "model name" in (text := info.read_text()):
-        model = text.split("model name")[1].split(":", 1)[1].splitlines()[0].strip()
-    return (
-        f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}, shared with other work"
-    )
 
 
 def main(argv: list[str] | None = None) -> None:

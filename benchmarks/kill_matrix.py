@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import yaml
 
 from benchmarks.checkpoint_damage import damage_table
 from benchmarks.kill_at import Plan
+from benchmarks.machine import machine
 
 VICTIM = Path(__file__).with_name("kill_at.py")
 RANKS, STEPS, SAVE_EVERY, TOKENS_PER_STEP = 2, 24, 3, 8 * 48
@@ -301,7 +303,8 @@ def report(rows: list[Row], damages: str) -> str:
     """The page, with the table of damage to a checkpoint."""
     return (
         "# Killed and started again\n\n"
-        "Made by `python -m benchmarks.kill_matrix`: a run of "
+        f"    python -m benchmarks.kill_matrix --out docs/results/kill_matrix.md        # {date.today()}, {machine()}\n\n"
+        "A run of "
         f"{STEPS} steps on {RANKS} ranks under ZeRO-3, saved every {SAVE_EVERY} steps, is killed by SIGKILL at the "
         "instant of each row and started again with the same command, several times over, until it ends. Compared "
         "with a run that was never killed: every value of metrics.jsonl but times, speed and memory, and every bit of "

@@ -303,7 +303,7 @@ def report(rows: list[Row], damages: str) -> str:
     """The page, with the table of damage to a checkpoint."""
     return (
         "# Killed and started again\n\n"
-        f"    python -m benchmarks.kill_matrix --out docs/results/kill_matrix.md        # {date.today()}, {machine()}\n\n"
+        f"`python -m benchmarks.kill_matrix --out docs/results/kill_matrix.md`, {date.today()}, {machine()}.\n\n"
         "A run of "
         f"{STEPS} steps on {RANKS} ranks under ZeRO-3, saved every {SAVE_EVERY} steps, is killed by SIGKILL at the "
         "instant of each row and started again with the same command, several times over, until it ends. Compared "

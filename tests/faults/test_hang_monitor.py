@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def test_a_job_hangs_when_every_rank_is_overdue_or_silent(
         heart = Heart(rank, silent_after=30.0)
         heart.beat(5, "forward", 60.0)
         heart.last = replace(heart.last, since=time.time() - phase)
+        then = time.time() - unheard
         with monkeypatch.context() as clock:
-            clock.setattr(time, "time", lambda then=time.time() - unheard: then)
+            clock.setattr(time, "time", partial(float, then))
             heart.write(monitor.logs)
     assert monitor._nobody_gets_on() is hung

@@ -6,7 +6,8 @@
 #
 # One task per accelerator, started by srun: no ssh, no torchrun. Before the time limit or on preemption every rank
 # gets SIGUSR2 (or SIGTERM), the run saves, and the job requeues itself; so it does after a lost node or a rank's death,
-# as long as its starts get further, on fewer nodes if no more are left. DRY_RUN=1 slurm/pretrain.sh CONFIG … prints what would run. See docs/slurm.md.
+# as long as its starts get further, on fewer nodes if no more are left. DRY_RUN=1 slurm/pretrain.sh CONFIG … prints what
+# would run. See docs/slurm.md.
 #
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=1
@@ -48,7 +49,7 @@ fi
 
 start=${SLURM_RESTART_COUNT:-0}
 logs=$run/logs/$SLURM_JOB_ID-$start
-# What the first start was given is what later ones ask for. SLURM_NTASKS stays as submitted, whatever becomes of the job.
+# What the first start was given is what later ones ask for. SLURM_NTASKS stays as submitted, whatever the job becomes.
 if [ -z "${DRY_RUN:-}" ]; then
   per_node=${SLURM_NTASKS_PER_NODE:-$SLURM_NTASKS}
   [ "$per_node" -le "$SLURM_NTASKS" ] || per_node=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))

@@ -121,7 +121,7 @@ case "$1 $2" in
   update*) echo "$@" ;;
 esac
 """
-FOUR_OF_SIX = "n1 allocated\nn2 idle\nn3 down*\nn4 draining\nn5 mixed\nn6 idle\n"
+FOUR_OF_SIX = "n1 allocated\nn2 idle\nn3 down*\nn4 draining\nna down\nnb failing\nn5 mixed\nn6 idle\n"
 
 
 @pytest.mark.parametrize(

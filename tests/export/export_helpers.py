@@ -61,6 +61,12 @@ class MemoryCheckpoint:
     def weight_names(self) -> list[str]:
         return list(self.weights)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.weights[name].shape)
+
+    def read(self, name: str, first: int, length: int) -> torch.Tensor:
+        return self.weights[name].flatten()[first : first + length].clone()
+
     def weight(self, name: str) -> torch.Tensor:
         return self.weights[name].clone()
 

@@ -190,8 +190,8 @@ class ShardedState:
                 ends_inside = not found or found[-1][1] <= buffer.numel()
                 if overlaps or not ends_inside or not (with_padding or taken == buffer.numel()):
                     raise UserError(
-                        f"{self.folder}: rank {rank}'s flat buffer {group} has {buffer.numel()} values, and the parameters "
-                        f"take {taken}; the files do not fit together, use another checkpoint"
+                        f"{self.folder}: the parameters take {taken} of the {buffer.numel()} values in flat buffer "
+                        f"{group} of rank {rank}; the files do not fit together, use another checkpoint"
                     )
 
     def _open_whole(self) -> None:

@@ -87,13 +87,16 @@ def _checked(measured: dict[str, Any]) -> str:
         whole = (
             "it ran with one weight in memory at a time, being too large to be loaded whole in the exporter's memory"
         )
-    return f"""- {measured["weights_equal"]:,} weights, {measured["values_equal"]:,} values, are bit for bit the trained ones.
-- Logits of transformers' model equal the trained one's to {measured["logit_difference"]:.1e} at
-  {measured["logit_positions"]:,} positions; {whole}.
-- {measured["greedy_tokens_equal"]} tokens of transformers' greedy `generate` are the trained model's best ones.
-- Log-probabilities in the folder's own precision differ by {measured["log_probability_difference"]:.1e} nats (mean).
-- {measured["tokenizer_texts_equal"]:,} texts are encoded and decoded as in training.
-"""
+    found = [
+        f"{measured['weights_equal']:,} weights, {measured['values_equal']:,} values, are bit for bit the trained ones",
+        f"logits of transformers' model equal the trained one's to {measured['logit_difference']:.1e} at "
+        f"{measured['logit_positions']:,} positions; {whole}",
+        f"{measured['greedy_tokens_equal']} tokens of transformers' greedy `generate` are the trained model's best",
+        f"log-probabilities in the folder's own precision differ by {measured['log_probability_difference']:.1e} nats "
+        "in the mean",
+        f"{measured['tokenizer_texts_equal']:,} texts are encoded and decoded as in training",
+    ]
+    return "".join(f"- {line}\n" for line in found)
 
 
 def _drafting(checkpoint: Checkpoint) -> str:

@@ -92,3 +92,7 @@ def sentencepiece_tokenizer(folder: Path) -> Tokenizer:
 
 def bytes_tokenizer() -> Tokenizer:
     return load_tokenizer("bytes")
+
+
+def left_behind(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_helpers import NEXTLAT, MemoryCheckpoint, bytes_tokenizer, sentencepiece_tokenizer
+from export_helpers import NEXTLAT, MemoryCheckpoint, bytes_tokenizer, left_behind, sentencepiece_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,10 +30,6 @@ def _one_thread():
 
 def run(checkpoint: MemoryCheckpoint, out: Path, dtype: str = "float32", **options) -> Path:
     return export(checkpoint, out, dtype, console=Console(file=io.StringIO()), **options)
-
-
-def left_behind(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
 
 
 SHAPES = [

@@ -136,21 +136,21 @@ def _write(
     _write_json(folder / "generation_config.json", generation)
     write_tokenizer(checkpoint.tokenizer(), eos_id, config.data.sequence_length, folder)
     if drafter:
-        subfolder, described = _describe_drafter(config)
-        described |= {"step": checkpoint.step, "dtype": str(dtype).removeprefix("torch.")}
-        write_safetensors(folder / subfolder / "model.safetensors", drafter, checkpoint, dtype, advance)
-        _write_json(folder / subfolder / "config.json", described)
+        subfolder = folder / config.objective.name
+        described = _describe_drafter(config) | {"step": checkpoint.step, "dtype": str(dtype).removeprefix("torch.")}
+        write_safetensors(subfolder / "model.safetensors", drafter, checkpoint, dtype, advance)
+        _write_json(subfolder / "config.json", described)
     if isinstance(config.objective, NextLatConfig):
         write_token_ranks(folder, checkpoint.dataset)
         write_custom_generate(folder)
     write_weights(folder, trunk, checkpoint, dtype, shard_bytes, advance)
 
 
-def _describe_drafter(config: Config) -> tuple[str, dict[str, Any]]:
-    """The folder that what drafts goes into, and the content of its config.json."""
+def _describe_drafter(config: Config) -> dict[str, Any]:
+    """The config.json of what drafts; its folder has the objective's name."""
     match config.objective:
         case NextLatConfig() as objective:
-            return "nextlat", {
+            return {
                 "width": config.model.width,
                 "hidden_width": objective.dynamics_width,
                 "norm_epsilon": LatentDynamics.norm_epsilon,
@@ -159,7 +159,7 @@ def _describe_drafter(config: Config) -> tuple[str, dict[str, Any]]:
                 "kl_weight": objective.kl_weight,
             }
         case MtpConfig() as objective:
-            return "mtp", {"horizon": objective.horizon, "multi_token_weight": objective.multi_token_weight}
+            return {"horizon": objective.horizon, "multi_token_weight": objective.multi_token_weight}
         case other:
             raise AssertionError(f"{other.name} has nothing that drafts beside a Llama")
 

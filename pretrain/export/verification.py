@@ -66,8 +66,9 @@ def compare_weights(
 ) -> tuple[int, int]:
     """The numbers of weights and of values in the folder, all as trained. Raises UserError where one is not."""
     trunk, drafter = plan_weights(checkpoint)
-    subfolders = [sub for sub in (folder / "nextlat", folder / "mtp") if sub.is_dir()]
-    for where, plans in [(folder, trunk), *((sub, drafter) for sub in subfolders)]:
+    for where, plans in [(folder, trunk), (folder / checkpoint.config.objective.name, drafter)]:
+        if not plans:
+            continue
         files = WeightFiles(where)
         held = [name for path in sorted(where.glob("*.safetensors")) for name in _names(path)]
         if sorted(held) != sorted(plan.name for plan in plans) or set(held) != files.paths.keys():

@@ -33,10 +33,13 @@ TOLERANCE = 1e-5
 LOG_PROBABILITY_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Largest mean difference, in nats, between log-probabilities of the folder as it is and of the float32 model."""
 FUZZ_TEXTS = 2_400
-ROWS, LONGEST_ROW, MOST_GREEDY_TOKENS, FEWEST_GREEDY_TOKENS = 4, 128, 16, 4
+ROWS, LONGEST_ROW, SHORTEST_ROW = 4, 128, 16
 LOGIT_BYTES = 64 * 2**20
 """Rows are cut so that one model's logits take no more."""
-GREEDY_READ_BYTES = 64 * 10**9
+MOST_PRODUCTS = 2 * 10**11
+"""Rows are cut so that a pass over them multiplies about so often at most: some seconds on a CPU core."""
+MOST_GREEDY_TOKENS, FEWEST_GREEDY_TOKENS = 16, 4
+GREEDY_READ_BYTES = 32 * 10**9
 """Greedy texts end, after FEWEST_GREEDY_TOKENS, where their passes would read more weights than this."""
 WHOLE_BYTES = 256 * 2**20
 
@@ -115,21 +118,25 @@ def compare_models(
     """
     trained = stream_trained(checkpoint, dtype, advance)
     exported = stream_llama(folder, torch.float32, lambda name: advance(f"checking logits: {name}", 0))
-    tokens_BT = _random_tokens(checkpoint)
+    values = sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.weight_names)
+    tokens_BT = _random_tokens(checkpoint, values)
     hidden_BTD, logits_BTV = _trained_logits(trained, tokens_BT)
     scale = max(1.0, float(logits_BTV.abs().max()))
-    difference = _largest_difference(exported(tokens_BT).logits, logits_BTV) / scale
+    found_BTV = exported(tokens_BT).logits
+    difference = _largest_difference(found_BTV, logits_BTV) / scale
     _require(difference, TOLERANCE, "logits")
-    del logits_BTV
+    found, expected = _log_probabilities(found_BTV, tokens_BT), _log_probabilities(logits_BTV, tokens_BT)
+    del found_BTV, logits_BTV
     _compare_drafters(folder, trained, exported, tokens_BT, hidden_BTD, TOLERANCE * scale)
-    weight_bytes = 4 * sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.weight_names)
-    greedy = _check_greedy(trained, exported, tokens_BT, scale, GREEDY_READ_BYTES // weight_bytes)
-    if whole := weight_bytes <= WHOLE_BYTES:
+    greedy = _check_greedy(trained, exported, tokens_BT, scale, GREEDY_READ_BYTES // (4 * values))
+    if whole := 4 * values <= WHOLE_BYTES:
         loaded, _, _ = load_folder(folder, torch.float32)
         difference_whole = _largest_difference(loaded(tokens_BT).logits, exported(tokens_BT).logits) / scale
         _require(difference_whole, TOLERANCE, "logits, loaded whole,")
         del loaded
-    rounding = _difference_of_precision(folder, checkpoint, dtype, tokens_BT, advance)
+    if dtype != torch.float32:
+        found, expected = _log_probabilities_as_they_are(folder, checkpoint, dtype, tokens_BT, advance)
+    rounding = float((found - expected).abs().mean())
     _require(rounding, LOG_PROBABILITY_TOLERANCE[dtype], f"log-probabilities in {dtype}")
     return {
         "logit_difference": difference,
@@ -153,10 +160,10 @@ def stream_trained(checkpoint: Checkpoint, dtype: torch.dtype, advance: Advance)
     return model
 
 
-def _random_tokens(checkpoint: Checkpoint) -> Tensor:
-    """(ROWS, T) token ids: rows of one document each, opened by EOS."""
-    fits = LOGIT_BYTES // (4 * ROWS * checkpoint.vocab_size)
-    length = max(8, min(LONGEST_ROW, checkpoint.config.data.sequence_length, fits))
+def _random_tokens(checkpoint: Checkpoint, values: int) -> Tensor:
+    """(ROWS, T) token ids for a model of so many weight values: rows of one document each, opened by EOS."""
+    fits = min(LOGIT_BYTES // (4 * checkpoint.vocab_size), MOST_PRODUCTS // values) // ROWS
+    length = min(max(SHORTEST_ROW, fits), LONGEST_ROW, checkpoint.config.data.sequence_length)
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(checkpoint.vocab_size, (ROWS, length), generator=generator)
     tokens_BT[:, 0] = int(checkpoint.dataset["eos_id"])
@@ -224,14 +231,14 @@ def _check_greedy(trained: PretrainingModel, exported: Any, tokens_BT: Tensor, s
     return int(text_BT.shape[0] * new)
 
 
-def _difference_of_precision(
+def _log_probabilities_as_they_are(
     folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, tokens_BT: Tensor, advance: Advance
-) -> float:
-    """Mean difference of the rows' log-probabilities between the folder as it is and the unrounded model, in nats."""
+) -> tuple[Tensor, Tensor]:
+    """The rows' log-probabilities from the folder in its own precision, and from the unrounded model in float32."""
     exported = stream_llama(folder, dtype, lambda name: advance(f"checking precision: {name}", 0))
     found = _log_probabilities(exported(tokens_BT).logits, tokens_BT)
     _, logits_BTV = _trained_logits(stream_trained(checkpoint, torch.float32, advance), tokens_BT)
-    return float((found - _log_probabilities(logits_BTV, tokens_BT)).abs().mean())
+    return found, _log_probabilities(logits_BTV, tokens_BT)
 
 
 def _log_probabilities(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:

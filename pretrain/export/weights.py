@@ -127,13 +127,13 @@ def write_safetensors(
             _write_tensor(file, plan, checkpoint, dtype, advance)
 
 
-def blocks(values: int, step: int = BLOCK_VALUES) -> Iterator[tuple[int, int]]:
+def blocks(values: int, step: int) -> Iterator[tuple[int, int]]:
     """(first, length) of each part of at most `step` values."""
     return ((first, min(step, values - first)) for first in range(0, values, step))
 
 
 def _write_tensor(file: BinaryIO, plan: Plan, checkpoint: Checkpoint, dtype: torch.dtype, advance: Advance) -> None:
-    for first, length in blocks(plan.values):
+    for first, length in blocks(plan.values, BLOCK_VALUES):
         trained = checkpoint.read(plan.source, first, length)
         if not _is_finite(trained):
             raise UserError(f"{plan.source} holds NaN or infinite values; export an earlier checkpoint")

@@ -23,7 +23,7 @@ from pretrain.checkpoints.manifest import MANIFEST, flush_and_hash, write_manife
 from pretrain.checkpoints.pages import copy_mapped
 from pretrain.config import Config, load_config
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_name
-from pretrain.export import export
+from pretrain.export import export, verification, weights
 from pretrain.export.__main__ import main
 
 RANK_3 = "zero_pp_rank_3_mp_rank_00_optim_states.pt"
@@ -66,18 +66,22 @@ def expected(config: Config, ranks: int) -> dict[str, torch.Tensor]:
     ("ranks", "tied", "dtype"),
     [(8, "false", "float32"), (8, "true", "bfloat16"), (3, "true", "float32"), (1, "false", "float16")],
 )
-def test_every_value_of_all_ranks_is_exported_once_in_shards(ranks: int, tied: str, dtype: str, tmp_path: Path) -> None:
+def test_every_value_of_all_ranks_is_exported_once_in_shards(
+    ranks: int, tied: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (weights, verification):  # so that blocks begin and end inside the parts of ranks
+        monkeypatch.setattr(module, "BLOCK_VALUES", 1_000)
     config = small_config(f"model.tie_embeddings={tied}")
     path = make(tmp_path, config, ranks)
     out = tmp_path / "model"
     main([str(path.parents[1]), "--out", str(out), "--dtype", dtype, "--shard-gb", "0.0001"])
-    weights = {name: weight for file in out.glob("*.safetensors") for name, weight in load_file(file).items()}
-    weights |= {f"{DYNAMICS_PREFIX}{n}": w for n, w in load_file(out / "nextlat" / "model.safetensors").items()}
+    found = {name: weight for file in out.glob("*.safetensors") for name, weight in load_file(file).items()}
+    found |= {f"{DYNAMICS_PREFIX}{n}": w for n, w in load_file(out / "nextlat" / "model.safetensors").items()}
     trained = {llama_name(name) or name: value for name, value in expected(config, ranks).items()}
     assert ranks == 1 or any(value.numel() % ranks for value in trained.values()), "some parts are padded"
-    assert weights.keys() == trained.keys() and ("lm_head.weight" in weights) is (tied == "false")
+    assert found.keys() == trained.keys() and ("lm_head.weight" in found) is (tied == "false")
     for name, value in trained.items():
-        assert torch.equal(weights[name], value.to(getattr(torch, dtype))), name
+        assert torch.equal(found[name], value.to(getattr(torch, dtype))), name
     verified = json.loads((out / "nextlat_manifest.json").read_text())["verified"]
     assert verified["weights_equal"] == len(trained)
     assert verified["values_equal"] == sum(value.numel() for value in trained.values())

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline import UserError
-from pretrain.checkpoints.pages import copy_mapped
 from pretrain.checkpoints.unpickling import load_data_only
+from pretrain.resident_memory import copy_mapped
 
 WEIGHT = "weight"
 OPTIMIZER_NAMES = "optimizer_parameter_names"

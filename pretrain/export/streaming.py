@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data_pipeline import UserError
+from pretrain.resident_memory import release_freed
 
 Read = Callable[[str], Tensor]
 """A parameter's name to its value."""
@@ -60,6 +61,7 @@ class WeightFiles:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One tensor. The file is opened for it alone: a mapping keeps in memory what was read through it."""
+        release_freed()
         with safe_open(self.paths[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor.to(dtype)

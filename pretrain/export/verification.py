@@ -24,6 +24,7 @@ from pretrain.export.streaming import WeightFiles, stream, stream_llama
 from pretrain.export.weights import BLOCK_VALUES, SAFETENSORS_NAME, Advance, Plan, blocks, plan_weights
 from pretrain.latent_dynamics import LatentDynamics
 from pretrain.model import PretrainingModel
+from pretrain.resident_memory import release_freed
 
 if TYPE_CHECKING:
     from pretrain.checkpoints import Checkpoint
@@ -154,7 +155,12 @@ def stream_trained(checkpoint: Checkpoint, dtype: torch.dtype, advance: Advance)
 
     def read(name: str) -> Tensor:
         advance(f"checking logits: {name}", 0)
-        return checkpoint.weight(name).to(dtype).float()
+        release_freed()
+        weight = checkpoint.weight(name)
+        flat = weight.view(-1)
+        for first, length in blocks(len(flat), BLOCK_VALUES):
+            flat[first : first + length] = flat[first : first + length].to(dtype)
+        return weight
 
     stream(model, read)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,5 @@ def test_a_long_run_is_thinned_evenly_while_it_is_read(tmp_path: Path, monkeypat
     steps = [line["step"] for line in found if "val_loss_next_token" not in line]
     assert validated == list(range(100, 1001, 100))
     assert 10 <= len(steps) <= 20 and steps == sorted(steps) and steps[0] == 1 and steps[-1] > 900
+    gaps = [after - before for before, after in itertools.pairwise(steps)]
+    assert max(gaps) <= min(gaps) + 1

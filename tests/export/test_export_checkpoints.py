@@ -20,11 +20,11 @@ from benchmarks.synthetic_checkpoint import parameter_groups, part_of, write_che
 from data_pipeline import UserError
 from pretrain.checkpoints import open_checkpoint
 from pretrain.checkpoints.manifest import MANIFEST, flush_and_hash, write_manifest
-from pretrain.checkpoints.pages import copy_mapped
 from pretrain.config import Config, load_config
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_name
 from pretrain.export import export, verification, weights
 from pretrain.export.__main__ import main
+from pretrain.resident_memory import copy_mapped
 
 RANK_3 = "zero_pp_rank_3_mp_rank_00_optim_states.pt"
 

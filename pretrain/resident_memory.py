@@ -1,4 +1,4 @@
-"""Reading memory-mapped files without keeping them in memory.
+"""Reading memory-mapped files without keeping them in memory, and letting go of memory that was freed.
 
 The kernel counts every page of a mapped file that was touched as the process's own memory until the mapping goes. So
 whoever reads a checkpoint of hundreds of gigabytes through a mapping has to let go of what was read.
@@ -26,6 +26,17 @@ def copy_mapped(source: Tensor, target: Tensor) -> None:
         block = source[start : start + BLOCK_VALUES]
         target[start : start + BLOCK_VALUES] = block
         _let_go(block)
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the kernel.
+
+    The C library keeps what was freed in parts of less than 32 MB for later, and weights of many sizes that come and
+    go leave hundreds of megabytes of such gaps.
+    """
+    trim = getattr(_libc, "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
 
 
 def _let_go(block: Tensor) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -99,7 +100,8 @@ def page(described: str, rows: list[dict[str, Any]], command: str) -> str:
     """The text of docs/results/export.md."""
     return f"""# What an export takes
 
-`{command}`, {datetime.date.today()}, {torch.get_num_threads()} thread(s) of a shared CPU, torch {torch.__version__}.
+`{command}`, {datetime.date.today()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}. Load average of
+the last 15 minutes: {os.getloadavg()[2]:.0f} on {os.cpu_count()} cores; times are only as good as that.
 
 {described} Random weights.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import loss, step
+from benchmarks import export, loss, step
 from benchmarks.gpu import loss as gpu_loss
 
 
@@ -58,3 +58,19 @@ def test_the_step_benchmark_writes_a_page_with_every_objective_and_ratios_to_gpt
     flops = {label: cells[2] for label, cells in numbers.items()}
     for name in ("mtp", "jtp", "nextlat"):
         assert 1 < flops[f"{name} 1"] < flops[f"{name} 2"] < flops[f"{name} 8"]
+
+
+def test_the_export_benchmark_measures_a_fresh_process_against_the_bound_and_cleans_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scratch = tmp_path / "scratch"
+    options = ["--size", "small", "--dtypes", "bfloat16", "--scratch", str(scratch)]
+    export.main([*options, "--out", str(tmp_path / "export.md")])
+    text = (tmp_path / "export.md").read_text()
+    assert text in capsys.readouterr().out and list(scratch.iterdir()) == []
+    head, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line)
+    cells = dict(zip(head, row, strict=True))
+    peak, bound, before = (float(cells[name].replace(",", "")) for name in list(head)[1:4])
+    assert bound == pytest.approx(export.bound(4 * 1_001 * 36) / 1e6, abs=1)
+    assert 100 < before <= peak < bound
+    assert cells["precision"] == "bfloat16" and cells["greedy tokens equal"] == "64"

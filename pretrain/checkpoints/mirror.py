@@ -7,7 +7,6 @@ the run's metrics.jsonl up to it and the wandb id, so that an empty disk is enou
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
@@ -15,11 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import fsspec
-
-from data_pipeline import UserError
 from pretrain.checkpoints.manifest import (
     MANIFEST,
     DamagedManifest,
@@ -33,9 +28,9 @@ from pretrain.checkpoints.retention import UNFINISHED, hold, name_of, retained, 
 from pretrain.checkpoints.state import STATE, read_state
 from pretrain.config import Config
 from pretrain.metrics import METRICS_FILE
+from pretrain.remote import open_url, put_file, sha256_of, sizes_in
 
 LATEST, WANDB_ID = "latest", "wandb_id"
-BLOCK_BYTES = 16 * 2**20
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 1.0
 
@@ -45,13 +40,7 @@ class Mirror:
 
     def __init__(self, url: str):
         self.url = url
-        try:
-            self.fs, root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            raise UserError(
-                f"checkpoint.mirror={url}: {error}; give a folder or a URL, or install what it needs"
-            ) from None
-        self.root = root.rstrip("/")
+        self.fs, self.root = open_url(url, "checkpoint.mirror=")
 
     def whole_steps(self) -> list[int]:
         """The steps mirrored completely, newest first. Raises what the file system raises."""
@@ -71,15 +60,15 @@ class Mirror:
             manifest = read_manifest(path)
             self.fs.makedirs(self._at(step, ""), exist_ok=True)
             files: FileEntries = dict(manifest["files"])
-            there = self._sizes(step)
+            there = sizes_in(self.fs, self._at(step, ""))
             for name, entry in sorted(files.items()):
                 remote = self._at(step, name)
-                if there.get(name) != entry["bytes"] or self._hash(remote) != entry["sha256"]:
-                    self._put(path / name, remote)
-                    if self._hash(remote) != entry["sha256"]:
+                if there.get(name) != entry["bytes"] or sha256_of(self.fs, remote) != entry["sha256"]:
+                    put_file(self.fs, path / name, remote)
+                    if sha256_of(self.fs, remote) != entry["sha256"]:
                         raise OSError(f"{remote}: does not read back as it was written")
             self._upload_run_files(path, step)
-            self._put(path / MANIFEST, self._at(step, MANIFEST))
+            put_file(self.fs, path / MANIFEST, self._at(step, MANIFEST))
 
     def move_latest(self, step: int) -> None:
         """Say which mirrored checkpoint is the newest."""
@@ -132,7 +121,7 @@ class Mirror:
         with (run / METRICS_FILE).open("rb") as file:
             self.fs.pipe_file(self._at(step, METRICS_FILE), file.read(read_state(path)["metrics_bytes"]))
         if (run / WANDB_ID).exists():
-            self._put(run / WANDB_ID, self._at(step, WANDB_ID))
+            put_file(self.fs, run / WANDB_ID, self._at(step, WANDB_ID))
 
     def _fetch_run_files(self, step: int, path: Path, run: Path) -> None:
         metrics = run / METRICS_FILE
@@ -144,23 +133,6 @@ class Mirror:
     def _validation_loss(self, step: int) -> float | None:
         loss = json.loads(self.fs.cat_file(self._at(step, STATE))).get("validation_loss")
         return None if loss is None else float(loss)
-
-    def _sizes(self, step: int) -> dict[str, int]:
-        folder = self._at(step, "")
-        self.fs.invalidate_cache()
-        found: dict[str, Any] = self.fs.find(folder, detail=True)
-        return {str(name).removeprefix(folder).lstrip("/"): int(entry["size"]) for name, entry in found.items()}
-
-    def _put(self, local: Path, remote: str) -> None:
-        self.fs.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
-        self.fs.put_file(str(local), remote)
-
-    def _hash(self, remote: str) -> str:
-        digest = hashlib.sha256()
-        with self.fs.open(remote, "rb", block_size=BLOCK_BYTES) as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-        return digest.hexdigest()
 
     def _at(self, step: int, name: str) -> str:
         return f"{self.root}/{name_of(step)}/{name}".rstrip("/")

@@ -13,7 +13,7 @@ from data_pipeline import Tokenizer, UserError, load_tokenizer
 from pretrain.checkpoints.loading import find_whole
 from pretrain.checkpoints.manifest import MANIFEST, find_problems
 from pretrain.checkpoints.retention import hold
-from pretrain.checkpoints.shards import ShardedState
+from pretrain.checkpoints.shards import WEIGHT, ShardedState
 from pretrain.checkpoints.state import CONFIG, read_state
 from pretrain.config import Config, load_config
 from pretrain.distributed import Ranks
@@ -69,9 +69,17 @@ class Checkpoint:
         """Every parameter once; a tied head under the embedding's name alone."""
         return self.weights.names
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One parameter's shape."""
+        return tuple(self.weights.shapes[name])
+
     def weight(self, name: str) -> Tensor:
         """One whole parameter in float32."""
         return self.weights.weight(name)
+
+    def read(self, name: str, first: int, length: int) -> Tensor:
+        """`length` values of a flattened parameter, from `first` on, in float32."""
+        return self.weights.read(name, WEIGHT, first, length)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

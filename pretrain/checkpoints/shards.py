@@ -4,12 +4,14 @@
     stages 1, 2   flat buffers of whole parameters, cut into equal parts, one per rank
     stage 0       one file with everything whole
 
-Files are memory-mapped: opening reads nothing, and only what is asked for is read.
+Files are memory-mapped: opening reads nothing, and only what is asked for is read. What was read is let go of at once,
+so that however much is read, memory holds a block of it besides the result.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from data_pipeline import UserError
 from pretrain.checkpoints.unpickling import load_data_only
+from pretrain.resident_memory import copy_mapped
 
 WEIGHT = "weight"
 OPTIMIZER_NAMES = "optimizer_parameter_names"
@@ -63,7 +66,7 @@ class FlatState:
 class ShardedState:
     """The weights and optimizer state of one checkpoint folder.
 
-    Raises UserError where a rank's file is missing or does not hold what it should.
+    Raises UserError where a rank's file is missing or does not hold what it should, every value of it exactly once.
     """
 
     def __init__(self, folder: Path):
@@ -83,8 +86,10 @@ class ShardedState:
         self._ranks = [FlatState.from_zero(state) for state in states]
         if first.name.startswith("zero_pp_rank_"):
             self._locate_cut_parameters()
+            self._check_all_is_used(with_padding=False)
         else:
             self._locate_cut_buffers([state["param_slice_mappings"] for state in states])
+            self._check_all_is_used(with_padding=True)
 
     @property
     def names(self) -> list[str]:
@@ -108,9 +113,8 @@ class ShardedState:
             start, stop = max(first, piece.first), min(first + length, piece.first + piece.length)
             if start < stop:
                 at = piece.start + start - piece.first
-                values[start - first : stop - first] = self._ranks[rank].values(key, piece.group)[
-                    at : at + stop - start
-                ]
+                buffer = self._ranks[rank].values(key, piece.group)
+                copy_mapped(buffer[at : at + stop - start], values[start - first : stop - first])
         return values
 
     def optimizer_keys(self, name: str) -> list[str]:
@@ -171,6 +175,24 @@ class ShardedState:
                     f"{self.folder}: holds {found[name]} of the {shape.numel()} values of {name}; the files do not "
                     "fit together, use another checkpoint"
                 )
+
+    def _check_all_is_used(self, with_padding: bool) -> None:
+        """No value of a flat buffer belongs to two parameters, and none to nothing but padding, where there is any."""
+        spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for pieces in self._pieces.values():
+            for rank, piece in pieces:
+                spans.setdefault((rank, piece.group), []).append((piece.start, piece.start + piece.length))
+        for rank, state in enumerate(self._ranks):
+            for group, buffer in enumerate(state.weights):
+                found = sorted(spans.get((rank, group), []))
+                taken = sum(stop - start for start, stop in found)
+                overlaps = any(start < stop for (_, stop), (start, _) in itertools.pairwise(found))
+                ends_inside = not found or found[-1][1] <= buffer.numel()
+                if overlaps or not ends_inside or not (with_padding or taken == buffer.numel()):
+                    raise UserError(
+                        f"{self.folder}: the parameters take {taken} of the {buffer.numel()} values in flat buffer "
+                        f"{group} of rank {rank}; the files do not fit together, use another checkpoint"
+                    )
 
     def _open_whole(self) -> None:
         """Stage 0: each parameter is a group of its own."""

@@ -136,12 +136,8 @@ class AtMost:
         return drafted < self._longest and self._length.wants_another(drafted)
 
 
-def load_heads(folder: Path, llama_config: Any, dtype: torch.dtype) -> nn.ModuleList | None:
-    """The extra heads from an export's mtp/ folder, in `dtype`; None where there is no such folder."""
-    from safetensors.torch import load_file
-
-    if not folder.is_dir():
-        return None
+def empty_heads(folder: Path, llama_config: Any) -> nn.ModuleList:
+    """The extra heads in the shape of an export's mtp/ folder, their weights on the meta device."""
     horizon = json.loads((folder / "config.json").read_text(encoding="utf-8"))["horizon"]
     shape = ModelConfig(
         layers=1,
@@ -152,7 +148,16 @@ def load_heads(folder: Path, llama_config: Any, dtype: torch.dtype) -> nn.Module
         norm_epsilon=llama_config.rms_norm_eps,
     )
     with torch.device("meta"):
-        heads = nn.ModuleList(PredictionHead(shape) for _ in range(horizon))
+        return nn.ModuleList(PredictionHead(shape) for _ in range(horizon))
+
+
+def load_heads(folder: Path, llama_config: Any, dtype: torch.dtype) -> nn.ModuleList | None:
+    """The extra heads from an export's mtp/ folder, in `dtype`; None where there is no such folder."""
+    from safetensors.torch import load_file
+
+    if not folder.is_dir():
+        return None
+    heads = empty_heads(folder, llama_config)
     weights = load_file(folder / "model.safetensors")
     heads.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     return heads.eval()

@@ -61,6 +61,12 @@ class MemoryCheckpoint:
     def weight_names(self) -> list[str]:
         return list(self.weights)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.weights[name].shape)
+
+    def read(self, name: str, first: int, length: int) -> torch.Tensor:
+        return self.weights[name].flatten()[first : first + length].clone()
+
     def weight(self, name: str) -> torch.Tensor:
         return self.weights[name].clone()
 
@@ -86,3 +92,7 @@ def sentencepiece_tokenizer(folder: Path) -> Tokenizer:
 
 def bytes_tokenizer() -> Tokenizer:
     return load_tokenizer("bytes")
+
+
+def left_behind(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_helpers import NEXTLAT, MemoryCheckpoint, bytes_tokenizer, sentencepiece_tokenizer
+from export_helpers import NEXTLAT, MemoryCheckpoint, bytes_tokenizer, left_behind, sentencepiece_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pretrain.export as export_module
 from data_pipeline import UserError
 from pretrain.decoding import load_export
+from pretrain.decoding.llama import llama_name
 from pretrain.export import export, verification
 from pretrain.export.__main__ import main
 
@@ -29,10 +30,6 @@ def _one_thread():
 
 def run(checkpoint: MemoryCheckpoint, out: Path, dtype: str = "float32", **options) -> Path:
     return export(checkpoint, out, dtype, console=Console(file=io.StringIO()), **options)
-
-
-def left_behind(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
 
 
 SHAPES = [
@@ -158,11 +155,8 @@ def wrong_config(key, value):
 
 def swapped_names(name: str) -> str | None:
     swap = {"q_proj": "o_proj", "o_proj": "q_proj"}
-    target = export_module_llama_name(name)
+    target = llama_name(name)
     return target and ".".join(swap.get(part, part) for part in target.split("."))
-
-
-export_module_llama_name = export_module.llama_name
 
 
 @pytest.mark.parametrize(
@@ -170,12 +164,12 @@ export_module_llama_name = export_module.llama_name
     [
         ("llama_config", wrong_config("rms_norm_eps", 1e-2)),
         ("llama_config", wrong_config("rope_parameters", {"rope_type": "default", "rope_theta": 9000.0})),
-        ("llama_name", swapped_names),
+        ("weights.llama_name", swapped_names),
     ],
     ids=["epsilon", "theta", "names"],
 )
 def test_a_mistake_in_the_exporter_is_caught_by_its_own_verification(attribute, mistake, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, attribute, mistake)
+    monkeypatch.setattr(f"pretrain.export.{attribute}", mistake)
     with pytest.raises(UserError, match="logits differ from the trained model's"):
         run(MemoryCheckpoint(bytes_tokenizer()), tmp_path / "model")
     assert left_behind(tmp_path) == []
@@ -186,12 +180,12 @@ def test_verification_reads_the_dynamics_and_the_greedy_text(tmp_path, monkeypat
     out = run(checkpoint, tmp_path / "model")
     checkpoint.weights["objective.dynamics.output.weight"] *= 1.01
     with pytest.raises(UserError, match="p_psi's states differ"):
-        verification.verify_export(out, checkpoint, torch.float32)
+        verification.compare_models(out, checkpoint, torch.float32)
     monkeypatch.setattr(verification, "TOLERANCE", 10.0)
     checkpoint.weights["lm_head.weight"] *= -1
     monkeypatch.setattr(verification, "_require", lambda found, allowed, what: seen.update({what: found}))
     seen: dict[str, float] = {}
-    verification.verify_export(out, checkpoint, torch.float32)
+    verification.compare_models(out, checkpoint, torch.float32)
     assert seen["greedy texts"] > 1
 
 

@@ -9,8 +9,11 @@ import torch
 from launch import read_metrics, run_many
 from run_configs import write_run_config
 
+from benchmarks.synthetic_checkpoint import write_checkpoint
 from data_pipeline import UserError
 from pretrain.checkpoints import open_checkpoint
+from pretrain.checkpoints.state import read_state
+from pretrain.checkpoints.unpickling import load_data_only
 from pretrain.config import load_config
 from pretrain.export import export
 from pretrain.run_data import open_data
@@ -41,6 +44,40 @@ def test_a_run_starts_from_an_exports_weights_and_its_dynamics(folder: Path) -> 
     last, first = read_metrics(folder / "runs" / "first")[-1], read_metrics(folder / "runs" / "sharded")[-1]
     for key in ("val_loss_next_token", "val_loss_next_latent", "val_loss_kl"):
         assert first[key] == pytest.approx(last[key], rel=1e-5)
+
+
+def test_the_export_benchmarks_checkpoint_is_laid_out_as_deepspeed_lays_it_out(folder: Path, tmp_path: Path) -> None:
+    real = open_checkpoint(folder / "runs" / "first")
+    made = write_checkpoint(tmp_path / "step_00000001", real.config, real.vocab_size, 2, real.tokenizer())
+    same = ["zero_stage", "loss_scaler", "dynamic_loss_scale", "overflow", "partition_count", "fp32_flat_groups"]
+    for rank in range(2):
+        name = f"zero_pp_rank_{rank}_mp_rank_00_%s_states.pt"
+        theirs, ours = (load_data_only(path / (name % "optim"))["optimizer_state_dict"] for path in (real.path, made))
+        assert ours.keys() == theirs.keys() == {*same, "optimizer_state_dict"}
+        assert [layout(ours[key]) for key in same] == [layout(theirs[key]) for key in same]
+        assert layout(ours["optimizer_state_dict"]["state"]) == layout(theirs["optimizer_state_dict"]["state"])
+        theirs, ours = (load_data_only(path / (name % "model")) for path in (real.path, made))
+        assert [list(group.items()) for group in ours["param_shapes"]] == [
+            list(group.items()) for group in theirs["param_shapes"]
+        ]
+        assert ours["module"].keys() == theirs["module"].keys() and ours.keys() <= theirs.keys()
+        for key in ("dp_world_size", "mp_world_size", "buffer_names", "optimizer", "shared_params", "ds_version"):
+            assert ours[key] == theirs[key], key
+    state = read_state(made)
+    assert state.keys() <= read_state(real.path).keys() and state["dataset"].keys() <= real.dataset.keys()
+
+
+def layout(value: object) -> object:
+    """Keys, types, shapes and precisions."""
+    match value:
+        case torch.Tensor():
+            return value.dtype, tuple(value.shape)
+        case dict():
+            return {key: layout(item) for key, item in value.items()}
+        case list():
+            return [layout(item) for item in value]
+        case _:
+            return type(value), value if isinstance(value, int | str) else None
 
 
 def test_dynamics_of_another_width_start_fresh(folder: Path) -> None:

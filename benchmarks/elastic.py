@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import yaml
 from rich.console import Console
+
+from benchmarks.small_run import write_run_config
 
 STEPS_BEFORE, STEPS_AFTER = 4, 20
 
@@ -98,27 +99,14 @@ def make_data(work: Path) -> Path:
 
 def write_config(work: Path, data: Path, shape: Shape, name: str) -> Path:
     """A small NextLat run; 12 sequences a step fit one, two and three ranks."""
-    total = STEPS_BEFORE + STEPS_AFTER
-    values = {
-        "run": {"name": name, "dir": str(work / "runs"), "seed": 1},
-        "model": {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2},
-        "objective": {
-            "name": "nextlat",
-            "horizon": 2,
-            "next_latent_weight": 1.0,
-            "kl_weight": 1.0,
-            "dynamics_width": 96,
-        },
-        "data": {"path": str(data), "sequence_length": 48},
+    changes = {
         "batch": {"global_sequences": 12, "micro_sequences": 12 // shape.ranks if shape.ranks < 3 else 2},
-        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip": 1.0},
-        "schedule": {"name": "cosine", "steps": total, "warmup_steps": 2},
+        "optimizer.learning_rate": 1e-3,
+        "schedule": {"name": "cosine", "steps": STEPS_BEFORE + STEPS_AFTER, "warmup_steps": 2},
         "validation": {"sequences": 6},
-        "deepspeed": {"zero_optimization": {"stage": shape.stage, "stage3_param_persistence_threshold": 0}},
+        "deepspeed.zero_optimization.stage": shape.stage,
     }
-    path = work / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+    return write_run_config(work, data, name, changes)
 
 
 def start(ranks: int, runs: list[str]) -> None:

@@ -26,14 +26,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.checkpoint_damage import damage_table
 from benchmarks.kill_at import Plan
 from benchmarks.machine import machine
+from benchmarks.small_run import write_run_config
 
 VICTIM = Path(__file__).with_name("kill_at.py")
-RANKS, STEPS, SAVE_EVERY, TOKENS_PER_STEP = 2, 24, 3, 8 * 48
+RANKS, STEPS, SAVE_EVERY = 2, 24, 3
+TOKENS_PER_STEP = 8 * 48
+"""As `write_run_config` has it."""
+
 VARYING = ("seconds", "tokens_per_second", "mfu", "memory_peak_bytes")
 """What a metrics line may differ in: keys that are one of these or end in it."""
 
@@ -222,28 +224,13 @@ def checkpoint_step(run: Path) -> int:
 
 
 def write_config(work: Path, name: str) -> Path:
-    """A NextLat run small enough that starting it costs more than its steps."""
-    values = {
-        "run": {"name": name, "dir": str(work / "runs"), "seed": 1},
-        "model": {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2},
-        "objective": {
-            "name": "nextlat",
-            "horizon": 2,
-            "next_latent_weight": 1.0,
-            "kl_weight": 1.0,
-            "dynamics_width": 96,
-        },
-        "data": {"path": str(work / "data"), "sequence_length": TOKENS_PER_STEP // 8},
-        "batch": {"global_sequences": 8, "micro_sequences": 4},
-        "optimizer": {"learning_rate": 3e-3, "weight_decay": 0.1, "gradient_clip": 1.0},
+    """The run that is killed."""
+    changes = {
         "schedule": {"name": "wsd", "steps": STEPS, "warmup_steps": 4, "decay_steps": 8},
         "checkpoint": {"every": SAVE_EVERY, "keep": 2},
-        "validation": {"every": 6, "sequences": 12},
-        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+        "validation.every": 6,
     }
-    path = work / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+    return write_run_config(work, work / "data", name, changes)
 
 
 def make_reference(work: Path) -> Path:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_configs import write_run_config
+
+from benchmarks.small_run import write_run_config
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt them need it.

@@ -15,7 +15,7 @@ from pretrain.config import Config, load_config
 
 
 def make_config(folder: Path, data: Path, changes: dict[str, object] | None = None) -> Config:
-    from run_configs import write_run_config
+    from benchmarks.small_run import write_run_config
 
     return load_config(write_run_config(folder, data, "run", changes or {}))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from launch import HERE, launch, read_metrics, without_times
-from run_configs import write_run_config
 
+from benchmarks.small_run import write_run_config
 from data_pipeline import UserError
 from pretrain.checkpoints import open_checkpoint
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from launch import read_metrics, run_many
-from run_configs import write_run_config
 
+from benchmarks.small_run import write_run_config
 from benchmarks.synthetic_checkpoint import write_checkpoint
 from data_pipeline import UserError
 from pretrain.checkpoints import open_checkpoint

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from launch import read_metrics, run_many
-from run_configs import write_run_config
 
+from benchmarks.small_run import write_run_config
 from pretrain.checkpoints import open_checkpoint
 
 STEPS = 20

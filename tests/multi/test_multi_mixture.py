@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from launch import read_metrics, run_many, without_times
-from run_configs import write_run_config
 
+from benchmarks.small_run import write_run_config
 from data_pipeline import UserError
 from data_pipeline.prepare import main as prepare
 from pretrain.checkpoints import check_same_run, open_checkpoint

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from launch import launch, read_metrics, without_times
-from run_configs import write_run_config
 
+from benchmarks.small_run import write_run_config
 from pretrain.checkpoints import open_checkpoint
 
 STAGE = "deepspeed.zero_optimization.stage"

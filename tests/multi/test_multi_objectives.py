@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from launch import HERE, launch, read_metrics, run_many, without_times
-from run_configs import write_run_config
 
+from benchmarks.small_run import write_run_config
 from pretrain.checkpoints import open_checkpoint
 
 ZERO = "deepspeed.zero_optimization.stage"

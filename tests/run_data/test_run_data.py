@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from run_configs import write_run_config
 
+from benchmarks.small_run import write_run_config
 from data_pipeline import UserError, open_dataset
 from data_pipeline.prepare import main as prepare
 from pretrain.config import load_config

@@ -15,7 +15,8 @@ from typing import Any
 
 import cluster
 import pytest
-from run_configs import write_run_config
+
+from benchmarks.small_run import write_run_config
 
 REPOSITORY = Path(__file__).parents[2]
 SITE = f"""

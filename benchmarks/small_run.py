@@ -1,4 +1,4 @@
-"""A small run config for tests that train."""
+"""A NextLat run small enough that starting it costs more than its steps: what benchmarks and tests train."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import yaml
 
 
 def write_run_config(folder: Path, data: Path, name: str, changes: dict[str, object]) -> Path:
-    """A NextLat run of 20 steps on `data` in `folder`, with `changes` applied."""
+    """The config of a run of 20 steps on `data`, in `folder` like the run's own folder `runs/NAME`.
+
+    changes: by `section.key`, or by `section` for a whole one.
+    """
     values: dict[str, Any] = {
         "run": {"name": name, "dir": str(folder / "runs"), "seed": 1},
         "model": {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2},

@@ -28,10 +28,11 @@ if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 
 trap : TERM # this shell stays, to requeue the task once the run has saved
-launch -- "$PYTHON" -m pretrain.study "$@" --number "$SLURM_ARRAY_TASK_ID"
+# shellcheck disable=SC2016  # in a container it is another Python
+launch -- bash -c 'exec "$PYTHON" -m pretrain.study "$@"' study "$@" --number "$SLURM_ARRAY_TASK_ID"
 code=$?
 # Told to stop, and neither cancelled nor requeued by SLURM already.
 if [ "$code" = 75 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
 fi
 exit "$code"

@@ -102,7 +102,18 @@ def test_a_task_of_the_array_completes_its_own_run(path, monkeypatch):
     monkeypatch.setenv("DRY_RUN", "1")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     shown = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
-    assert shown.startswith("srun ") and shown.rstrip().endswith(f"-m pretrain.study {path} --runs runs --number 2")
+    task = [
+        "bash",
+        "-c",
+        'exec "$PYTHON" -m pretrain.study "$@"',
+        "study",
+        str(path),
+        "--runs",
+        "runs",
+        "--number",
+        "2",
+    ]
+    assert shown.startswith("srun ") and shlex.split(shown)[-len(task) :] == task
     completed = []
     monkeypatch.setattr(command, "complete", lambda study, run: completed.append(run.folder.name))
     monkeypatch.setattr(command, "StopRequests", lambda: None)  # handlers for the whole process

@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pretrain.decoding.draft_length import AdaptiveLength, FixedLength
-from pretrain.decoding.drafting import draft_with_latent_dynamics
+from pretrain.decoding.draft_length import AdaptiveLength, DraftLength, FixedLength
+from pretrain.decoding.drafting import DraftStep, draft_with_latent_dynamics
 from pretrain.decoding.dynamics_folder import load_dynamics
 from pretrain.decoding.sampling import Sampling
 from pretrain.decoding.speculative import check_room, generate_batch
@@ -71,22 +71,16 @@ def generate(
     ids_BT = input_ids if input_ids is not None else inputs
     if ids_BT is None:
         raise ValueError("give input_ids, (batch, tokens)")
-    if draft_length != "auto" and not (type(draft_length) is int and draft_length >= 1):
-        raise ValueError(f"draft_length={draft_length!r}: give at least 1 or 'auto'; or leave out custom_generate")
-    if draft_vocabulary is not None and not (type(draft_vocabulary) is int and draft_vocabulary >= 1):
-        raise ValueError(
-            f"draft_vocabulary={draft_vocabulary!r}: give a number of tokens of at least 1, or leave it out"
-        )
     if streamer is not None and len(ids_BT) != 1:
         raise ValueError("a streamer shows one text; give one prompt")
     config = _settings(model, generation_config, settings)
     mask_BT = attention_mask if attention_mask is not None else torch.ones_like(ids_BT)
     prompts = [row[kept].tolist() for row, kept in zip(ids_BT, mask_BT.bool(), strict=True)]
-    pad = config.pad_token_id if config.pad_token_id is not None else _only_eos(config)
+    eos_id = _only_eos(config)
+    pad = config.pad_token_id if config.pad_token_id is not None else eos_id
     new_tokens = config.max_new_tokens or config.max_length - ids_BT.shape[1]
     sampling = Sampling(config.temperature, config.top_k or None, config.top_p) if config.do_sample else Sampling()
-    drafter = _drafter(model)
-    step = draft_with_latent_dynamics(model, drafter.dynamics, _most_frequent(model, draft_vocabulary))
+    step, length = _drafting(model, draft_length, draft_vocabulary)
     for prompt in prompts:
         check_room(model, len(prompt), new_tokens)
     if streamer is not None:
@@ -95,9 +89,9 @@ def generate(
         model,
         prompts,
         new_tokens,
-        eos_id=_only_eos(config),
+        eos_id=eos_id,
         draft_step=step,
-        draft_length=FixedLength(draft_length) if isinstance(draft_length, int) else drafter.adaptive_length,
+        draft_length=length,
         sampling=sampling,
         generator=generator,
         on_tokens=None if streamer is None else lambda _, new: streamer.put(torch.tensor(new)),
@@ -129,6 +123,17 @@ def _only_eos(config: Any) -> int | None:
             raise ValueError(f"eos_token_id={list(eos)}: drafting knows one end token; give one")
         return eos[0]
     return eos
+
+
+def _drafting(model: Any, length: int | str, vocabulary: int | None) -> tuple[DraftStep, DraftLength]:
+    """How the model drafts, and how much. ValueError for settings out of range, or where it cannot."""
+    if length != "auto" and not (type(length) is int and length >= 1):
+        raise ValueError(f"draft_length={length!r}: give at least 1 or 'auto'; or leave out custom_generate")
+    if vocabulary is not None and not (type(vocabulary) is int and vocabulary >= 1):
+        raise ValueError(f"draft_vocabulary={vocabulary!r}: give a number of tokens of at least 1, or leave it out")
+    drafter = _drafter(model)
+    step = draft_with_latent_dynamics(model, drafter.dynamics, _most_frequent(model, vocabulary))
+    return step, FixedLength(length) if isinstance(length, int) else drafter.adaptive_length
 
 
 def _drafter(model: Any) -> _Drafter:

@@ -130,6 +130,14 @@ def test_a_smaller_batch_is_decided_about_anew():
     assert mean_late(alone) > 2
 
 
+def test_a_text_that_leaves_does_not_make_drafts_look_better():
+    """Eight texts give more tokens a second than seven; both rates must be of as many."""
+    lengths, rule = run(lambda _: 0.6, 400, 0.65, flat, texts=8)
+    assert 0 < sum(lengths[-10:]) < 3  # a trial, and then it rests
+    fewer, _ = run(lambda _: 0.6, 8, 0.65, flat, rule=rule, texts=7)
+    assert fewer == [0] * 8
+
+
 def test_one_slow_measurement_changes_nothing():
     seconds = Seconds()
     for value in (9.0, 1.0, 1.1):

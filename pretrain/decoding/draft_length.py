@@ -51,7 +51,7 @@ class AdaptiveLength:
 
     Measured by the clock: d, a draft step for the B texts of the batch, and V(k), the rest of a cycle of k drafts.
     With a_i the chance that draft i stands where those before it do, a cycle of k drafts gives
-    E(k) = B · Σ_{i ≤ k} a_1 ⋯ a_i tokens in C(k) = k · d + V(k) seconds. The rule aims at the rate
+    E(k) = B · (1 + a_1 + a_1 a_2 + … + a_1 ⋯ a_k) tokens in C(k) = k · d + V(k) seconds. The rule aims at the rate
 
         r = max over k of E(k) / C(k).
 
@@ -148,9 +148,8 @@ class AdaptiveLength:
         tokens = alive = float(self._texts)
         chance = self.HOPE
         for k, (stood, seen) in enumerate(self._by_position, start=1):
-            chance = (stood + chance * self.WEIGHT) / (
-                seen + self.WEIGHT
-            )  # before any was seen, that of the one before
+            # Of a position never seen it is the chance of the one before.
+            chance = (stood + chance * self.WEIGHT) / (seen + self.WEIGHT)
             self._acceptance.append(chance)
             self._costs.append(k * draft + verify + another * self._texts * (1 + k))
             alive *= chance

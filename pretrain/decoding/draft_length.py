@@ -53,8 +53,9 @@ class AdaptiveLength:
     With a_i the chance that draft i stands where those before it do, a cycle of k drafts gives
     E(k) = B · (1 + a_1 + a_1 a_2 + … + a_1 ⋯ a_k) tokens in C(k) = k · d + V(k) seconds. The rule aims at the rate
 
-        r = max over k of E(k) / C(k).
+        r = max over k of E(k) / C(k),
 
+    which for k ≥ 1 is corrected by what cycles with drafts have achieved.
     Where that is k = 0 it decodes plainly, and no draft step runs: but for a trial now and then, ever more seldom,
     until what trials lose is LOSS of the time. Else a cycle with j drafts, which are still alive with chances s (one of
     each text), drafts on if for any m ≥ 1 the tokens to be hoped for are worth their time,
@@ -73,8 +74,9 @@ class AdaptiveLength:
     FIRST = (0, 0, 3)  # lengths of the first cycles, to learn the costs
     LOSS = 0.01
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
-    EXPLORE_EVERY = 32  # cycles, one drafts two tokens more than seem to pay, every fourth of those none
+    EXPLORE_EVERY = 32  # cycles, one drafts two tokens more than the last, every fourth of those none
     FADING = 0.99  # of counts, in a cycle that drafts: what was given up is tried again some time
+    ACHIEVED_FADING, TRUST = 0.95, 6.0  # of r as achieved; how many cycles the expected r is worth
     BINS = 10
     HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
 
@@ -90,6 +92,7 @@ class AdaptiveLength:
         self._patience = self.SHORTEST_REST  # no more of them than this, which doubles with every trial in vain
         # What is expected of a cycle: see `_estimate`.
         self._estimated_for, self._best, self._rate = 0, 0, 0.0
+        self._achieved = [0.0, 0.0]  # tokens, seconds of the last cycles with drafts
         self._acceptance: list[float] = []
         self._costs: list[float] = []
         # Of this cycle's drafts.
@@ -126,6 +129,8 @@ class AdaptiveLength:
             return
         if steps or self._texts != self._estimated_for:
             self._estimate()
+        if steps:
+            self._compare(len(accepted) + sum(accepted), steps)
         self._plan(len(accepted) + sum(accepted), sum(draft_seconds) + rest, steps)
 
     def _count(self, accepted: list[int], drafted: list[int]) -> None:
@@ -144,7 +149,9 @@ class AdaptiveLength:
         draft = self._draft_seconds.at(self._texts)
         verify, another = self._rest_seconds.line_beyond(self._texts)
         self._acceptance, self._costs = [], [self._rest_seconds.at(self._texts)]
-        self._best, self._rate, self._estimated_for = 0, 0.0, self._texts
+        if self._texts != self._estimated_for:
+            self._achieved, self._estimated_for = [0.0, 0.0], self._texts
+        self._best, self._rate = 0, 0.0
         tokens = alive = float(self._texts)
         chance = self.HOPE
         for k, (stood, seen) in enumerate(self._by_position, start=1):
@@ -154,15 +161,27 @@ class AdaptiveLength:
             self._costs.append(k * draft + verify + another * self._texts * (1 + k))
             alive *= chance
             tokens += alive
-            if tokens > self._rate * self._costs[k]:
+            reached = self._by_position[max(k - 3, 0)][1] > 0.5  # no more than two beyond what was seen lately
+            if reached and tokens > self._rate * self._costs[k]:
                 self._best, self._rate = k, tokens / self._costs[k]
+
+    def _compare(self, tokens: int, steps: int) -> None:
+        """Correct the rate by what cycles with drafts really gave, at their usual costs.
+
+        The product of the a_i says too much: later positions are seen in the cycles that go well.
+        """
+        cost = self._costs[steps]
+        for i, new in enumerate((tokens, cost)):
+            self._achieved[i] = self.ACHIEVED_FADING * self._achieved[i] + new
+        expected = self.TRUST * cost
+        self._rate = (self._achieved[0] + self._rate * expected) / (self._achieved[1] + expected)
 
     def _plan(self, tokens: int, seconds: float, steps: int) -> None:
         """Decide about the next cycle. The last one gave `tokens` in `seconds`, with `steps` draft steps."""
         explores = self._cycles % self.EXPLORE_EVERY == 0
         plain_seconds = self._rest_seconds.at(self._texts)
         if self._rate * plain_seconds > self._texts:
-            self._planned = min(self._best + 2, self._longest) if explores else None
+            self._planned = min(steps + 2, self._longest) if explores else None
             self._patience = self.SHORTEST_REST
         else:
             if steps:
@@ -186,9 +205,9 @@ class AdaptiveLength:
         return False
 
     def _confident(self, b: int) -> float:
-        """Acceptance of drafts whose confidence lies in bin b; before any was seen, that confidence itself."""
+        """Acceptance of drafts whose confidence lies in bin b."""
         stood, seen = self._by_confidence[b]
-        return (stood + (b + 0.5) / self.BINS * self.WEIGHT) / (seen + self.WEIGHT)
+        return (stood + self.HOPE) / (seen + 1.0)
 
 
 class Seconds:
@@ -228,8 +247,9 @@ class Seconds:
         """
         n = x = y = xx = xy = 0.0
         for other in self._sizes:
-            weight = len(self._measured[other]) if other > size else 0.25
             seconds = self._medians[other]
+            # Noise grows with what is measured.
+            weight = (len(self._measured[other]) if other > size else 0.25) / seconds**2
             n, x, y = n + weight, x + weight * other, y + weight * seconds
             xx, xy = xx + weight * other * other, xy + weight * other * seconds
         spread = n * xx - x * x

@@ -76,7 +76,7 @@ class AdaptiveLength:
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
     EXPLORE_EVERY = 32  # cycles, one drafts two tokens more than the last, every fourth of those none
     FADING = 0.99  # of counts, in a cycle that drafts: what was given up is tried again some time
-    ACHIEVED_FADING, TRUST = 0.95, 6.0  # of r as achieved; how many cycles the expected r is worth
+    ACHIEVED_FADING, TRUST = 0.95, 12.0  # of r as achieved; how many cycles the expected r is worth
     BINS = 10
     HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
 

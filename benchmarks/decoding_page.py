@@ -40,7 +40,8 @@ def head(export: Export, arguments: argparse.Namespace) -> list[str]:
     return [
         "# Drafting against plain decoding",
         "",
-        f"    OMP_NUM_THREADS=1 python -m benchmarks.decoding --export {arguments.export} --rounds {arguments.rounds}",
+        f"    OMP_NUM_THREADS=1 python -m benchmarks.decoding --export {arguments.export} --rounds {arguments.rounds} "
+        f"--tokens {arguments.tokens}",
         f"    # {datetime.date.today()}, {where}, torch {torch.__version__}, {str(export.model.dtype)[6:]}",
         "",
         f"The trained model: {model.num_hidden_layers} layers, width {model.hidden_size}, V = {model.vocab_size:,}, "
@@ -58,7 +59,7 @@ def speeds(rows: list[Row]) -> list[str]:
     lines = [
         "## Speed over plain decoding",
         "",
-        f"Medians of {len(rows[0].rounds[0])} rounds, each of which decodes the same prompts in every way. **Best** is "
+        f"Medians of rounds ({len(rows[0].rounds[0])}), each of which decodes the same prompts in every way. **Best** is "
         "the fastest fixed length, none (1.00) included, known only afterwards. Rows without a cache, batch 1, greedy, "
         "are the paper's definition of speed-up, where its draft length is our k + 1; rows with one are what a user "
         "feels.",

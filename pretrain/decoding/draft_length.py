@@ -75,8 +75,8 @@ class AdaptiveLength:
     LOSS = 0.01
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
     EXPLORE_EVERY = 32  # cycles, one drafts two tokens more than the last, every fourth of those none
-    FADING = 0.99  # of counts, in a cycle that drafts: what was given up is tried again some time
-    ACHIEVED_FADING, TRUST = 0.95, 12.0  # of r as achieved; how many cycles the expected r is worth
+    FADING = 0.95  # of counts, in a cycle that drafts: what was given up is tried again some time
+    ACHIEVED_FADING, TRUST = 0.9, 12.0  # of r as achieved; how many cycles the expected r is worth
     BINS = 10
     HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
 

@@ -59,7 +59,7 @@ def speeds(rows: list[Row]) -> list[str]:
     lines = [
         "## Speed over plain decoding",
         "",
-        f"Medians of rounds ({len(rows[0].rounds[0])}), each of which decodes the same prompts in every way. **Best** is "
+        f"Medians of rounds ({len(rows[0].rounds[0])}), each of which decodes the same prompts in every way. **Best**: "
         "the fastest fixed length, none (1.00) included, known only afterwards. Rows without a cache, batch 1, greedy, "
         "are the paper's definition of speed-up, where its draft length is our k + 1; rows with one are what a user "
         "feels.",

@@ -16,7 +16,7 @@ class LatentDynamics(nn.Module):
 
         W · RMSNorm([e ; h]) = (W_e · (γ_e ⊙ e) + W_h · (γ_h ⊙ h)) / rms([e ; h])
 
-    so what the embedding contributes, half of that layer's work, is computed once for all rollout steps.
+    so what the embedding contributes, half of that layer's work, is computed once for all of `forward`'s rollout steps.
 
     Args:
         width: D, the width of hidden states and token embeddings.
@@ -34,7 +34,8 @@ class LatentDynamics(nn.Module):
 
     def step(self, state: Tensor, next_embedding: Tensor) -> Tensor:
         """One transition. state, next_embedding and the result: (..., D)."""
-        return state + self._update(state, *self._half(next_embedding, 0))
+        x = self.input(self.norm(torch.cat([next_embedding, state], dim=-1)))
+        return state + self.output(F.gelu(self.hidden(F.gelu(x))))
 
     def forward(self, hidden_BTD: Tensor, embeddings_BTD: Tensor, horizon: int) -> Tensor:
         """Teacher-forced rollouts from every position.

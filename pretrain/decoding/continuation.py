@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pretrain.decoding.accounting import DecodingStatistics
-from pretrain.decoding.drafting import AdaptiveLength, DraftLength, FixedLength, draft_with_latent_dynamics
+from pretrain.decoding.draft_length import DraftLength, FixedLength
+from pretrain.decoding.drafting import draft_with_latent_dynamics
 from pretrain.decoding.loading import Export
-from pretrain.decoding.rivals import AtMost
 from pretrain.decoding.sampling import Sampling
 from pretrain.decoding.speculative import generate_batch
 
@@ -33,9 +33,11 @@ def continue_texts(
     """
     generator = None if seed is None else torch.Generator(export.model.device).manual_seed(seed)
     step = draft_with_latent_dynamics(export.model, export.dynamics, vocabulary) if draft and export.dynamics else None
-    length: DraftLength = AdaptiveLength() if isinstance(draft, str) else FixedLength(draft)
     if draft and step is None and export.can_draft:
-        step, length = export.model.draft_step, AtMost(length, export.model.longest_draft)
+        step = export.model.draft_step
+    length: DraftLength = export.adaptive_length
+    if not isinstance(draft, str):
+        length = FixedLength(min(draft, getattr(export.model, "longest_draft", draft)))
     return generate_batch(
         export.model,
         prompts,

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from pretrain.decoding.drafting import AdaptiveLength, DraftLength, FixedLength, draft_with_latent_dynamics
+from pretrain.decoding.draft_length import AdaptiveLength, DraftLength, FixedLength
+from pretrain.decoding.drafting import DraftStep, draft_with_latent_dynamics
 from pretrain.decoding.dynamics_folder import load_dynamics
 from pretrain.decoding.sampling import Sampling
-from pretrain.decoding.speculative import generate_batch
+from pretrain.decoding.speculative import check_room, generate_batch
+from pretrain.latent_dynamics import LatentDynamics
 
 SETTINGS = {
     *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "transformers_version"),
@@ -25,7 +27,15 @@ SETTINGS = {
 }
 """Generation settings that are followed, or mean nothing here; any other is refused."""
 
-_loaded: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+class _Drafter(NamedTuple):
+    """What drafts for a model."""
+
+    dynamics: LatentDynamics
+    adaptive_length: AdaptiveLength
+
+
+_drafters: WeakKeyDictionary[Any, _Drafter] = WeakKeyDictionary()
 
 
 def generate(
@@ -61,25 +71,28 @@ def generate(
     ids_BT = input_ids if input_ids is not None else inputs
     if ids_BT is None:
         raise ValueError("give input_ids, (batch, tokens)")
-    if draft_length != "auto" and not (isinstance(draft_length, int) and draft_length >= 1):
-        raise ValueError(f"draft_length={draft_length!r}: give at least 1 or 'auto'; or leave out custom_generate")
     if streamer is not None and len(ids_BT) != 1:
         raise ValueError("a streamer shows one text; give one prompt")
     config = _settings(model, generation_config, settings)
     mask_BT = attention_mask if attention_mask is not None else torch.ones_like(ids_BT)
     prompts = [row[kept].tolist() for row, kept in zip(ids_BT, mask_BT.bool(), strict=True)]
-    pad = config.pad_token_id if config.pad_token_id is not None else _only_eos(config)
+    eos_id = _only_eos(config)
+    pad = config.pad_token_id if config.pad_token_id is not None else eos_id
+    new_tokens = config.max_new_tokens or config.max_length - ids_BT.shape[1]
+    sampling = Sampling(config.temperature, config.top_k or None, config.top_p) if config.do_sample else Sampling()
+    step, length = _drafting(model, draft_length, draft_vocabulary)
+    for prompt in prompts:
+        check_room(model, len(prompt), new_tokens)
     if streamer is not None:
         streamer.put(ids_BT.cpu())
-    length: DraftLength = AdaptiveLength() if isinstance(draft_length, str) else FixedLength(draft_length)
     texts, _ = generate_batch(
         model,
         prompts,
-        config.max_new_tokens or config.max_length - ids_BT.shape[1],
-        eos_id=_only_eos(config),
-        draft_step=_draft_step(model, draft_vocabulary),
+        new_tokens,
+        eos_id=eos_id,
+        draft_step=step,
         draft_length=length,
-        sampling=Sampling(config.temperature, config.top_k or None, config.top_p) if config.do_sample else Sampling(),
+        sampling=sampling,
         generator=generator,
         on_tokens=None if streamer is None else lambda _, new: streamer.put(torch.tensor(new)),
     )
@@ -112,19 +125,49 @@ def _only_eos(config: Any) -> int | None:
     return eos
 
 
-def _draft_step(model: Any, vocabulary_size: int | None) -> Any:
-    """p_ψ beside the model's weights, loaded at its first use."""
+def _drafting(model: Any, length: int | str, vocabulary: int | None) -> tuple[DraftStep, DraftLength]:
+    """How the model drafts, and how much. ValueError for settings out of range, or where it cannot."""
+    if length != "auto" and not (type(length) is int and length >= 1):
+        raise ValueError(f"draft_length={length!r}: give at least 1 or 'auto'; or leave out custom_generate")
+    if vocabulary is not None and not (type(vocabulary) is int and vocabulary >= 1):
+        raise ValueError(f"draft_vocabulary={vocabulary!r}: give a number of tokens of at least 1, or leave it out")
+    drafter = _drafter(model)
+    step = draft_with_latent_dynamics(model, drafter.dynamics, _most_frequent(model, vocabulary))
+    return step, FixedLength(length) if isinstance(length, int) else drafter.adaptive_length
+
+
+def _drafter(model: Any) -> _Drafter:
+    """That of this model, made at its first use. ValueError where there is no p_ψ beside the model's weights."""
+    if model not in _drafters:
+        shape, weights = (_beside(model, f"nextlat/{name}") for name in ("config.json", "model.safetensors"))
+        dynamics = load_dynamics(shape.parent, model.dtype) if shape and weights else None
+        if dynamics is None:
+            raise ValueError(
+                f"{model.name_or_path or 'this model'}: has no latent dynamics model (nextlat/) to draft with; load "
+                "the model from a folder that has one, or leave out custom_generate"
+            )
+        _drafters[model] = _Drafter(dynamics.to(model.device), AdaptiveLength())
+    return _drafters[model]
+
+
+def _most_frequent(model: Any, count: int | None) -> list[int] | None:
+    """The training data's `count` most frequent tokens; None for all. ValueError where they are not recorded."""
+    if count is None:
+        return None
+    ranks = _beside(model, "nextlat/tokens_by_frequency.json")
+    if ranks is None:
+        raise ValueError(
+            f"draft_vocabulary={count}: {model.name_or_path} records no token frequencies; leave it out, or export the "
+            "model again where its training data can be read"
+        )
+    return list(json.loads(ranks.read_text(encoding="utf-8"))[:count])
+
+
+def _beside(model: Any, name: str) -> Path | None:
+    """A file of the folder or hub repository that the model was loaded from; None where there is no such file."""
     from transformers.utils import cached_file
 
-    source = model.name_or_path
-    if model not in _loaded:
-        for name in ("nextlat/config.json", "nextlat/model.safetensors"):
-            folder = Path(cached_file(source, name)).parent
-        dynamics = load_dynamics(folder, model.dtype)
-        assert dynamics is not None
-        _loaded[model] = dynamics.to(model.device)
-    ids = None
-    if vocabulary_size is not None:
-        ranks = Path(cached_file(source, "nextlat/tokens_by_frequency.json"))
-        ids = json.loads(ranks.read_text(encoding="utf-8"))[:vocabulary_size]
-    return draft_with_latent_dynamics(model, _loaded[model], ids)
+    try:
+        return Path(cached_file(model.name_or_path, name))
+    except OSError:
+        return None

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from data_pipeline import UserError
+from pretrain.decoding.draft_length import AdaptiveLength
 from pretrain.decoding.dynamics_folder import load_dynamics
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_config, llama_name
 from pretrain.decoding.rivals import JointLlama, MultiTokenLlama, load_heads
@@ -47,6 +49,11 @@ class Export:
     def can_draft(self) -> bool:
         """Whether there is something to draft with: p_ψ, or what MTP and JTP have."""
         return self.dynamics is not None or hasattr(self.model, "draft_step")
+
+    @cached_property
+    def adaptive_length(self) -> AdaptiveLength:
+        """The rule of `--draft auto`: what it learns from one text, of costs above all, serves the next."""
+        return AdaptiveLength(getattr(self.model, "longest_draft", AdaptiveLength.LONGEST))
 
     @property
     def eos_id(self) -> int:

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
-from pretrain.decoding.drafting import DraftLength
 from pretrain.objectives.jtp import Fetch
 from pretrain.objectives.mtp import PredictionHead
 from pretrain.transformer import rotary, rotate
@@ -122,18 +121,6 @@ class JointLlama(_Rival):
         """One slot more, that of `token` (…)."""
         state = torch.cat([state, self.llama.get_input_embeddings().weight[token]], dim=-1)
         return state, self.lm_head(state)
-
-
-class AtMost:
-    """A draft length that another one decides, up to a longest one."""
-
-    def __init__(self, length: DraftLength, longest: int):
-        self._length, self._longest = length, longest
-        self.saw_draft, self.saw_verification = length.saw_draft, length.saw_verification
-
-    def wants_another(self, drafted: int) -> bool:
-        """See `DraftLength`."""
-        return drafted < self._longest and self._length.wants_another(drafted)
 
 
 def empty_heads(folder: Path, llama_config: Any) -> nn.ModuleList:

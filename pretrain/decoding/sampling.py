@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline import UserError
@@ -33,10 +32,20 @@ class Sampling:
             raise UserError(f"top-p {self.top_p} must lie in (0, 1]; leave it out to keep every token")
 
 
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What a token is drawn from, by logits (..., V).
+
+    Greedy: the one token that can come, (...), so that nothing of the vocabulary's size is formed or compared. Else
+    `probabilities`.
+    """
+    return logits.argmax(-1) if sampling.temperature == 0 else probabilities(logits, sampling)
+
+
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution that is actually sampled: (..., V) logits to (..., V) float32 or wider, summing to 1."""
-    if sampling.temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    """The probabilities that are actually sampled: (..., V) logits to (..., V) float32 or wider, summing to 1.
+
+    Where the temperature is not 0.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         smallest_kept = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
@@ -50,12 +59,19 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
-def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Token ids (...) from distributions (..., V): the first to ring of clocks with exponential rates p.
+def draw(chances: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Token ids (...) from what `distribution` gives.
 
-    As torch.multinomial, without its checks, which cost a tenth of a small draft step.
+    One uniform number finds its place among the cumulated probabilities: a tenth of the time of torch.multinomial,
+    which draws a number for every token. In float64, where a token of probability 0 takes no room.
     """
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+    if not chances.is_floating_point():
+        return chances
+    cumulated = chances.double().cumsum(-1)
+    place = torch.rand((*chances.shape[:-1], 1), dtype=torch.float64, device=chances.device, generator=generator).mul_(
+        cumulated[..., -1:]
+    )
+    return torch.searchsorted(cumulated, place, right=True)[..., 0].clamp_(max=chances.shape[-1] - 1)
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
@@ -89,8 +105,19 @@ def verify(
     chosen_BK1 = drafts_BK[..., None]
     uniform_BK = torch.rand(drafts_BK.shape, generator=generator, device=p_BTV.device, dtype=p_BTV.dtype)
     stands_BK = uniform_BK * q_BKV.gather(2, chosen_BK1)[..., 0] < p_BTV[:, :K].gather(2, chosen_BK1)[..., 0]
-    stands_BK &= torch.arange(K, device=p_BTV.device) < counts_B[:, None]
-    accepted_B = stands_BK.long().cumprod(1).sum(1)
+    accepted_B = _before_the_first_refusal(stands_BK, counts_B)
     next_BV = p_BTV[rows_B, accepted_B]
     left_BV = residual(next_BV, q_BKV[rows_B, accepted_B.clamp(max=K - 1)])
     return accepted_B, torch.where((accepted_B < counts_B)[:, None], left_BV, next_BV)
+
+
+def verify_greedy(p_BT: Tensor, drafts_BK: Tensor, counts_B: Tensor) -> tuple[Tensor, Tensor]:
+    """`verify` where p is the one token that can come: a draft stands if it is that token. Returns (B,) and (B,)."""
+    accepted_B = _before_the_first_refusal(drafts_BK == p_BT[:, : drafts_BK.shape[1]], counts_B)
+    return accepted_B, p_BT[torch.arange(len(p_BT), device=p_BT.device), accepted_B]
+
+
+def _before_the_first_refusal(stands_BK: Tensor, counts_B: Tensor) -> Tensor:
+    """How many of a row's first counts_B drafts stand before one that does not."""
+    is_draft_BK = torch.arange(stands_BK.shape[1], device=stands_BK.device) < counts_B[:, None]
+    return (stands_BK & is_draft_BK).long().cumprod(1).sum(1)

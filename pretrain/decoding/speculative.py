@@ -27,9 +27,10 @@ from torch import Tensor
 
 from data_pipeline import UserError
 from pretrain.decoding.accounting import DecodingStatistics
-from pretrain.decoding.drafting import DraftLength, DraftStep, FixedLength
-from pretrain.decoding.sampling import Sampling, draw, probabilities, verify
-from pretrain.decoding.trunk import CachedTrunk
+from pretrain.decoding.draft_length import DraftLength, FixedLength
+from pretrain.decoding.drafting import DraftStep
+from pretrain.decoding.sampling import Sampling, distribution, draw, verify, verify_greedy
+from pretrain.decoding.trunk import CachedTrunk, Trunk
 
 
 def generate(
@@ -58,7 +59,8 @@ def generate_batch(
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
-    trunk: Callable[[Any], CachedTrunk] = CachedTrunk,
+    trunk: Callable[[Any], Trunk] = CachedTrunk,
+    clock: Callable[[], float] = perf_counter,
 ) -> tuple[list[list[int]], DecodingStatistics]:
     """Continue prompts of any lengths.
 
@@ -71,7 +73,7 @@ def generate_batch(
         sampling: greedy where None.
         generator: of the random numbers, on the model's device; torch's own where None.
         on_tokens: called with a prompt's number and its new tokens of a cycle.
-        trunk: reads tokens; another one than the cached is of use to measure against.
+        trunk, clock: what reads tokens, and tells seconds; others are of use to measure and to test with.
 
     Returns:
         The new tokens of each prompt (without the prompt), and the statistics of all together.
@@ -82,20 +84,21 @@ def generate_batch(
         check_room(model, len(prompt), max_new_tokens)
     statistics = DecodingStatistics()
     length = draft_length if draft_length and draft_step else FixedLength(0)
-    way = _Way(model, eos_id, draft_step, length, sampling or Sampling(), generator, statistics)
+    way = _Way(model, eos_id, draft_step, length, sampling or Sampling(), generator, statistics, clock)
     texts: list[list[int]] = [[] for _ in prompts]
     batch = _prefill(way, trunk(model), prompts)
-    start = perf_counter()
+    start = clock()
 
     def add(row: int, new: list[int], drafted: int) -> None:
         statistics.count_cycle(drafted, len(new) - 1)
-        statistics.seconds = perf_counter() - start
+        statistics.seconds = clock() - start
         texts[batch.numbers[row]] += new
         if on_tokens:
             on_tokens(batch.numbers[row], new)
 
     while batch.numbers:
-        first_B = draw(batch.next_BV, generator)
+        cycle_start = clock()
+        first_B = draw(batch.next, generator)
         room = [max_new_tokens - len(texts[number]) - 1 for number in batch.numbers]
         ends = [left == 0 or token == eos_id for left, token in zip(room, first_B.tolist(), strict=True)]
         for row in (row for row, end in enumerate(ends) if end):
@@ -105,12 +108,13 @@ def generate_batch(
         going_on = [row for row, end in enumerate(ends) if not end]
         batch, first_B, room = batch.keep(going_on), first_B[going_on], [room[row] for row in going_on]
 
-        tokens_BT, drafted, accepted = _cycle(way, batch, first_B, room)
+        tokens_BT, drafted, accepted = _cycle(way, batch, first_B, room, cycle_start)
         kept = [row[: stood + 1] for row, stood in zip(tokens_BT.tolist(), accepted, strict=True)]
         for row, new in enumerate(kept):
             add(row, new, drafted[row])
         full = [len(texts[number]) == max_new_tokens for number in batch.numbers]
         batch = batch.keep([row for row, new in enumerate(kept) if new[-1] != eos_id and not full[row]])
+    assert statistics.tokens == statistics.cycles + statistics.accepted == sum(map(len, texts))
     return texts, statistics
 
 
@@ -137,21 +141,22 @@ class _Way:
     sampling: Sampling
     generator: torch.Generator | None
     statistics: DecodingStatistics
+    clock: Callable[[], float]
 
 
 @dataclass
 class _Batch:
     """Texts that are not at their end yet, between two cycles."""
 
-    trunk: CachedTrunk
+    trunk: Trunk
     numbers: list[int]
     """Of which prompt each row is."""
     lengths_B: Tensor
     """Tokens that the trunk has read."""
     state_BD: Tensor
     """The true hidden state of the last of them."""
-    next_BV: Tensor
-    """What the next token is drawn from."""
+    next: Tensor
+    """What the next token is drawn from: `sampling.distribution`."""
 
     def keep(self, rows: list[int]) -> _Batch:
         """The batch with these rows alone."""
@@ -160,55 +165,63 @@ class _Batch:
         rows_B = torch.tensor(rows, dtype=torch.long, device=self.lengths_B.device)
         self.trunk.keep(rows_B)
         numbers = [self.numbers[row] for row in rows]
-        return _Batch(self.trunk, numbers, self.lengths_B[rows_B], self.state_BD[rows_B], self.next_BV[rows_B])
+        return _Batch(self.trunk, numbers, self.lengths_B[rows_B], self.state_BD[rows_B], self.next[rows_B])
 
 
-def _prefill(way: _Way, trunk: CachedTrunk, prompts: Sequence[Sequence[int]]) -> _Batch:
+def _prefill(way: _Way, trunk: Trunk, prompts: Sequence[Sequence[int]]) -> _Batch:
     """Read the prompts, shorter ones padded behind their end."""
-    start, device = perf_counter(), way.model.device
+    start, device = way.clock(), way.model.device
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = max(map(len, prompts))
     tokens_BT = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     states_BTD = trunk.read(tokens_BT, torch.zeros_like(lengths_B))
     state_BD = states_BTD[torch.arange(len(prompts), device=device), lengths_B - 1]
-    next_BV = probabilities(way.model.lm_head(state_BD), way.sampling)
-    way.statistics.prefill_seconds = perf_counter() - start
-    return _Batch(trunk, list(range(len(prompts))), lengths_B, state_BD, next_BV)
+    following = distribution(way.model.lm_head(state_BD), way.sampling)
+    way.statistics.prefill_seconds = way.clock() - start
+    return _Batch(trunk, list(range(len(prompts))), lengths_B, state_BD, following)
 
 
-def _cycle(way: _Way, batch: _Batch, first_B: Tensor, room: list[int]) -> tuple[Tensor, list[int], list[int]]:
-    """Draft after `first_B`, verify, and move the batch on to the last tokens that stand.
+def _cycle(
+    way: _Way, batch: _Batch, first_B: Tensor, room: list[int], start: float
+) -> tuple[Tensor, list[int], list[int]]:
+    """Draft after `first_B`, verify, and move the batch on to the last tokens that stand; the cycle began at `start`.
 
     Returns the tokens (B, 1 + K), first and drafts; how many of a row's are drafts; and how many of those stood.
     """
-    start = perf_counter()
-    drafts_BK, q_BKV, counts = _draft(way, batch.state_BD, first_B, room)
-    drafted = perf_counter()
+    drafting_start = way.clock()
+    drafts_BK, q_BKV, counts, draft_seconds = _draft(way, batch.state_BD, first_B, room)
+    drafted = way.clock()
     tokens_BT = torch.cat([first_B[:, None], drafts_BK], dim=1)
     states_BTD = batch.trunk.read(tokens_BT, batch.lengths_B)
-    p_BTV = probabilities(way.model.lm_head(states_BTD), way.sampling)
+    p = distribution(way.model.lm_head(states_BTD), way.sampling)
     if q_BKV is None:
-        accepted_B, batch.next_BV = torch.zeros_like(first_B), p_BTV[:, 0]
+        accepted_B, batch.next = torch.zeros_like(first_B), p[:, 0]
     else:
         counts_B = torch.tensor(counts, device=first_B.device)
-        accepted_B, batch.next_BV = verify(p_BTV, q_BKV, drafts_BK, counts_B, way.generator)
+        if way.sampling.temperature == 0:
+            accepted_B, batch.next = verify_greedy(p, drafts_BK, counts_B)
+        else:
+            accepted_B, batch.next = verify(p, q_BKV, drafts_BK, counts_B, way.generator)
     batch.state_BD = states_BTD[torch.arange(len(first_B), device=first_B.device), accepted_B]
     batch.lengths_B = batch.lengths_B + 1 + accepted_B
     accepted = accepted_B.tolist()
-    end = perf_counter()
-    way.draft_length.saw_verification(accepted, counts, end - drafted)
-    way.statistics.count_steps(drafts_BK.shape[1], drafted - start, end - drafted)
+    end = way.clock()
+    way.draft_length.saw_cycle(accepted, counts, draft_seconds, end - start - sum(draft_seconds))
+    way.statistics.count_steps(drafts_BK.shape[1], drafted - drafting_start, end - drafted)
     return tokens_BT, counts, accepted
 
 
-def _draft(way: _Way, state_BD: Tensor, token_B: Tensor, room: list[int]) -> tuple[Tensor, Tensor | None, list[int]]:
+def _draft(
+    way: _Way, state_BD: Tensor, token_B: Tensor, room: list[int]
+) -> tuple[Tensor, Tensor | None, list[int], list[float]]:
     """Draft after `token_B`, at most `room` tokens a row, the last of a row at its first EOS.
 
-    Returns the drafts (B, K), their q (B, K, V) or None where K is 0, and how many of each row's K are drafts: a row
-    at its end goes along, and what it draws is padding.
+    Returns the drafts (B, K); what they were drawn from, (B, K, V), or None where K is 0; how many of each row's K are
+    drafts: a row at its end goes along, and what it draws is padding; and the seconds of each step.
     """
     drafts: list[Tensor] = []
     distributions: list[Tensor] = []
+    seconds: list[float] = []
     counts, open_rows = [0] * len(room), list(range(len(room)))
     while (
         way.draft_step is not None
@@ -216,16 +229,17 @@ def _draft(way: _Way, state_BD: Tensor, token_B: Tensor, room: list[int]) -> tup
         # Asked before the draft is drawn: a decision that saw the draft would bias what is sampled.
         and way.draft_length.wants_another(len(drafts))
     ):
-        start = perf_counter()
+        start = way.clock()
         state_BD, logits_BV = way.draft_step(state_BD, token_B)
-        distributions.append(probabilities(logits_BV, way.sampling))
+        distributions.append(distribution(logits_BV, way.sampling))
         token_B = draw(distributions[-1], way.generator)
         drafts.append(token_B)
         tokens = token_B.tolist()
         for row in open_rows:
             counts[row] += 1
         open_rows = [row for row in open_rows if counts[row] < room[row] and tokens[row] != way.eos_id]
-        way.draft_length.saw_draft(logits_BV, perf_counter() - start)
+        way.draft_length.saw_draft(logits_BV)
+        seconds.append(way.clock() - start)
     if not drafts:
-        return token_B.new_empty(len(room), 0), None, counts
-    return torch.stack(drafts, 1), torch.stack(distributions, 1), counts
+        return token_B.new_empty(len(room), 0), None, counts, seconds
+    return torch.stack(drafts, 1), torch.stack(distributions, 1), counts, seconds

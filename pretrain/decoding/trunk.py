@@ -9,10 +9,23 @@ Shapes: B texts, T new tokens, S slots, K key/value heads, C their width, D widt
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Trunk(Protocol):
+    """Reads B texts on from where it stands."""
+
+    def read(self, tokens_BT: Tensor, starts_B: Tensor) -> Tensor:
+        """Final, post-norm hidden states (B, T, D) of tokens at positions starts_B … starts_B + T − 1.
+
+        All earlier positions must have been read; later ones are forgotten.
+        """
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Leave out all texts but these."""
 
 
 class CachedTrunk:
@@ -29,10 +42,7 @@ class CachedTrunk:
         self._slots = 0
 
     def read(self, tokens_BT: Tensor, starts_B: Tensor) -> Tensor:
-        """Final, post-norm hidden states (B, T, D) of tokens at positions starts_B … starts_B + T − 1.
-
-        All earlier positions must have been read; later ones are forgotten.
-        """
+        """See `Trunk`."""
         self._positions_BT = starts_B[:, None] + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         self._slots = int(starts_B.max()) + tokens_BT.shape[1]
         slots_S = torch.arange(self._slots, device=tokens_BT.device)
@@ -46,7 +56,7 @@ class CachedTrunk:
         return states
 
     def keep(self, rows_B: Tensor) -> None:
-        """Leave out all texts but these."""
+        """See `Trunk`."""
         self._keys = [keys[rows_B] for keys in self._keys]
         self._values = [values[rows_B] for values in self._values]
 

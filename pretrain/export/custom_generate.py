@@ -10,9 +10,18 @@ import re
 from pathlib import Path
 
 from pretrain import latent_dynamics
-from pretrain.decoding import accounting, drafting, dynamics_folder, in_transformers, sampling, speculative, trunk
+from pretrain.decoding import (
+    accounting,
+    draft_length,
+    drafting,
+    dynamics_folder,
+    in_transformers,
+    sampling,
+    speculative,
+    trunk,
+)
 
-MODULES = (accounting, drafting, dynamics_folder, latent_dynamics, sampling, speculative, trunk)
+MODULES = (accounting, draft_length, drafting, dynamics_folder, latent_dynamics, sampling, speculative, trunk)
 ERRORS = '''"""What is raised for a user's mistake."""
 
 

@@ -1,25 +1,34 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import torch
 
 from pretrain.decoding import AdaptiveLength
+from pretrain.decoding.draft_length import Seconds
+
+CONFIDENT = torch.tensor([[3.0, 0.0, 0.0]])
 
 
-def run(acceptance, cycles: int, draft_seconds=0.1, verify_seconds=1.0, rule: AdaptiveLength | None = None):
-    """Drive the rule with simulated costs; the drafts per cycle, and the rule. acceptance: position → chance."""
+def run(acceptance, cycles, draft_seconds=0.1, verify=lambda k: 1.0, rule: AdaptiveLength | None = None, texts=1):
+    """Drive the rule with simulated costs; the drafts per cycle, and the rule.
+
+    acceptance: position → chance. verify: number of drafts → seconds of the rest of a cycle.
+    """
     rule = rule or AdaptiveLength()
     chance = random.Random(0)
     lengths = []
     for _ in range(cycles):
         drafted = 0
         while rule.wants_another(drafted):
-            rule.saw_draft(torch.tensor([[3.0, 0.0, 0.0]]), draft_seconds)
+            rule.saw_draft(CONFIDENT.expand(texts, -1))
             drafted += 1
-        accepted = next((i for i in range(drafted) if chance.random() >= acceptance(i)), drafted)
-        rule.saw_verification([accepted], [drafted], verify_seconds)
+        accepted = [
+            next((i for i in range(drafted) if chance.random() >= acceptance(i)), drafted) for _ in range(texts)
+        ]
+        rule.saw_cycle(accepted, [drafted] * texts, [draft_seconds] * drafted, verify(drafted))
         lengths.append(drafted)
     return lengths, rule
 
@@ -29,33 +38,117 @@ def mean_late(lengths: list[int]) -> float:
     return sum(late) / len(late)
 
 
-def expected_rate(length: int, chance: float, draft_seconds: float) -> float:
-    """Tokens per second where each draft stands with `chance` and a verification takes a second."""
-    return sum(chance**i for i in range(length + 1)) / (1.0 + length * draft_seconds)
+def rate(lengths, chance: float, draft_seconds: float, verify) -> float:
+    """Tokens per second to be expected of cycles of these lengths, where each draft stands with `chance`."""
+    tokens = sum(sum(chance**i for i in range(k + 1)) for k in lengths)
+    return tokens / sum(verify(k) + k * draft_seconds for k in lengths)
 
 
-@pytest.mark.parametrize(("chance", "cost"), [(0.9, 0.1), (0.7, 0.1), (0.8, 0.3), (0.5, 0.05), (0.2, 0.4)])
-def test_is_nearly_as_fast_as_the_best_fixed_length(chance, cost):
-    lengths, _ = run(lambda _: chance, 600, draft_seconds=cost)
-    late = lengths[300:]
-    best = max(expected_rate(k, chance, cost) for k in range(AdaptiveLength.LONGEST + 1))
-    tokens = sum(sum(chance**i for i in range(k + 1)) for k in late)
-    assert tokens / sum(1.0 + k * cost for k in late) > 0.95 * best
+def flat(drafts: int) -> float:
+    """A verification where the weights are what takes time."""
+    return 1.0
 
 
-def test_dear_drafts_that_never_stand_are_given_up_and_cheap_sure_ones_run_long():
-    given_up, _ = run(lambda _: 0.0, 300, draft_seconds=0.5)
-    assert mean_late(given_up) < 0.5
-    long, _ = run(lambda _: 1.0, 300, draft_seconds=0.02)
-    assert mean_late(long) == AdaptiveLength.LONGEST
+def step_up(drafts: int) -> float:
+    """One where more than one token is another kernel, and then each costs little."""
+    return 1.4 + 0.05 * drafts if drafts else 1.0
+
+
+def computing(drafts: int) -> float:
+    """One where arithmetic is what takes time, as for many texts at once."""
+    return 1.0 + 0.8 * drafts
+
+
+@pytest.mark.parametrize("verify", [flat, step_up, computing])
+@pytest.mark.parametrize(("chance", "cost"), [(0.9, 0.05), (0.7, 0.1), (0.8, 0.3), (0.5, 0.05), (0.2, 0.4)])
+@pytest.mark.parametrize("texts", [1, 8])
+def test_is_nearly_as_fast_as_the_best_fixed_length_none_included(chance, cost, verify, texts):
+    lengths, _ = run(lambda _: chance, 800, cost, verify, texts=texts)
+    best = max(rate([k], chance, cost, verify) for k in range(AdaptiveLength.LONGEST + 1))
+    # Where the first draft is dear and the next ones are not, bad luck at the start is found out slowly.
+    assert rate(lengths[200:], chance, cost, verify) > (0.9 if verify is step_up else 0.95) * best
+
+
+@pytest.mark.parametrize("texts", [1, 8])
+def test_where_drafting_never_pays_it_costs_next_to_nothing_from_the_start(texts):
+    lengths, _ = run(lambda _: 0.3, 2000, 0.3, computing, texts=texts)
+    for cycles, share in ((100, 0.93), (2000, 0.985)):
+        assert rate(lengths[:cycles], 0.3, 0.3, computing) > share
+    trials = [number for number, length in enumerate(lengths) if length]
+    rests = [b - a for a, b in itertools.pairwise(trials)]
+    assert 3 < len(rests) < 40 and max(rests) >= 4 * rests[0]
+
+
+def test_a_plain_cycle_asks_for_no_draft_and_looks_at_no_logits():
+    _, rule = run(lambda _: 0.0, 300, 0.5)
+    rule.saw_draft = lambda _: pytest.fail("nothing is drafted")
+    assert rule._planned == 0 and not rule.wants_another(0)
+
+
+def test_cheap_sure_drafts_run_long_and_no_longer_than_they_may():
+    long, _ = run(lambda _: 1.0, 300, 0.02)
+    assert mean_late(long) > AdaptiveLength.LONGEST - 1
+    few, _ = run(lambda _: 1.0, 300, 0.02, rule=AdaptiveLength(2))
+    assert max(few) == 2 and mean_late(few) > 1.9
 
 
 def test_tries_again_after_giving_up():
     _, rule = run(lambda _: 0.0, 200, draft_seconds=0.3)
-    lengths, _ = run(lambda _: 1.0, 400, draft_seconds=0.3, rule=rule)
+    lengths, _ = run(lambda _: 1.0, 700, draft_seconds=0.3, rule=rule)
     assert mean_late(lengths) > 4
 
 
 def test_stops_where_a_position_is_never_accepted():
     lengths, _ = run(lambda position: 0.95 if position < 3 else 0.0, 400, draft_seconds=0.1)
     assert 2.5 <= mean_late(lengths) <= 4
+
+
+def test_drafts_longer_in_cycles_whose_drafts_are_sure():
+    """Confidence tells which cycles' drafts stand; positions alone do not."""
+    rule, chance = AdaptiveLength(), random.Random(0)
+    lengths: dict[bool, list[int]] = {True: [], False: []}
+    for _ in range(800):
+        sure, drafted = chance.random() < 0.5, 0
+        while rule.wants_another(drafted):
+            rule.saw_draft(torch.tensor([[5.0 if sure else 0.5, 0.0, 0.0]]))
+            drafted += 1
+        accepted = next((i for i in range(drafted) if chance.random() >= (0.98 if sure else 0.3)), drafted)
+        rule.saw_cycle([accepted], [drafted], [0.15] * drafted, 1.0)
+        lengths[sure].append(drafted)
+    assert mean_late(lengths[True]) > mean_late(lengths[False]) + 3
+
+
+def test_follows_costs_that_change():
+    _, rule = run(lambda _: 0.8, 300, 0.05)
+    dear, _ = run(lambda _: 0.8, 300, 0.9, rule=rule)
+    assert mean_late(dear) < 0.5
+
+
+def test_a_smaller_batch_is_decided_about_anew():
+    lengths, rule = run(lambda _: 0.8, 300, 0.2, computing, texts=8)
+    assert mean_late(lengths) < 0.5
+    alone, _ = run(lambda _: 0.8, 300, 0.2, flat, rule=rule, texts=1)
+    assert mean_late(alone) > 2
+
+
+def test_a_text_that_leaves_does_not_make_drafts_look_better():
+    """Eight texts give more tokens a second than seven; both rates must be of as many."""
+    lengths, rule = run(lambda _: 0.6, 400, 0.65, flat, texts=8)
+    assert 0 < sum(lengths[-10:]) < 3  # a trial, and then it rests
+    fewer, _ = run(lambda _: 0.6, 8, 0.65, flat, rule=rule, texts=7)
+    assert fewer == [0] * 8
+
+
+def test_one_slow_measurement_changes_nothing():
+    seconds = Seconds()
+    for value in (9.0, 1.0, 1.1):
+        seconds.add(8, value)
+    assert seconds.at(8) == 1.1 and not seconds.has(16)
+    seconds.add(8, 1.0)
+    assert seconds.at(8) == 1.0
+    seconds.add(24, 3.0)
+    assert seconds.at(20) == 3.0
+    start, slope = seconds.line_beyond(8)
+    assert start + 24 * slope == pytest.approx(3.0) and slope == pytest.approx(2 / 16)
+    seconds.add(40, 2.0)
+    assert seconds.line_beyond(8)[1] >= 0.0

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from decoding_helpers import EOS, make_llama
+from decoding_helpers import EOS, AtSetCosts, make_llama
 
 from data_pipeline import UserError
 from pretrain.decoding import AdaptiveLength, FixedLength, draft_with_latent_dynamics, generate, generate_batch
@@ -54,6 +54,8 @@ def decode(decoder, prompts, length, batch, new=NEW, eos_id=EOS):
         assert some == [[token for new in text for token in new] for text in cycles]
         assert statistics.cycles == sum(map(len, cycles))
         assert statistics.accepted == sum(len(new) - 1 for text in cycles for new in text) <= statistics.drafted
+        assert all(len(new) - 1 <= getattr(length, "length", AdaptiveLength.LONGEST) for text in cycles for new in text)
+        assert all(eos_id not in new[:-1] for text in cycles for new in text)
         assert statistics.tokens == statistics.cycles + statistics.accepted == sum(map(len, some))
         texts += some
         cycles_of_each += map(len, cycles)
@@ -64,11 +66,10 @@ def decode(decoder, prompts, length, batch, new=NEW, eos_id=EOS):
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("length", [*range(1, 11), "auto"])
 def test_greedy_texts_equal_plain_ones(length, batch, decoder, prompts, plain):
-    rule = AdaptiveLength() if length == "auto" else FixedLength(length)
+    rule = AtSetCosts() if length == "auto" else FixedLength(length)
     texts, cycles, statistics = decode(decoder, prompts, rule, batch)
     assert texts == plain
-    if length != "auto":  # which drafts as far as it pays on this machine, perhaps not at all
-        assert statistics.accepted > 100 and len(set(cycles)) > 3
+    assert statistics.accepted > 100 and len(set(cycles)) > 3
     assert sum(text[-1] == EOS for text in texts) > 20
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from decoding_helpers import AtSetCosts
 
 from data_pipeline import UserError
 from pretrain.decoding import FixedLength, Sampling, generate
@@ -74,6 +75,8 @@ def test_text_with_drafts_equals_plain_text_and_no_cycle_drafts_more_than_the_ho
     accepted = refused = 0
     for shape in SHAPES:
         _, export = make(objective, **shape)
+        vars(export)["adaptive_length"] = AtSetCosts(export.adaptive_length._longest)
+        assert export.adaptive_length._longest == 3
         for prompt in ([256], [256, 9, 9, 3], list(range(20))):
             plain, _ = continue_text(export, prompt, 26, 0, Sampling())
             text, statistics = continue_text(export, prompt, 26, draft, Sampling())

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from data_pipeline import UserError
 from pretrain import generate
-from pretrain.decoding import load_export
+from pretrain.decoding import Sampling, load_export
+from pretrain.decoding.continuation import continue_texts
 from pretrain.generate import TextStream, main, parse_draft
 
 
@@ -53,8 +55,12 @@ def test_stats_say_what_was_accepted_how_fast_and_whether_equal(exported, capsys
         (["--draft", "0"], "--draft 0: give a number of tokens of at least 1, auto or off"),
         (["--draft", "-2"], "--draft -2: give a number"),
         (["--draft", "many"], "--draft many: give a number"),
+        (["--draft", "2.5"], "--draft 2.5: give a number"),
         (["--temperature", "-1"], "temperature -1.0 must be"),
+        (["--temperature", "nan"], "temperature nan must be"),
+        (["--top-k", "0"], "top-k 0 must be at least 1"),
         (["--top-p", "0"], "top-p 0.0 must lie"),
+        (["--top-p", "1.5"], "top-p 1.5 must lie"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
         (["--draft-vocabulary", "nowhere.json"], "--draft-vocabulary nowhere.json: cannot be read"),
         (["--draft-vocabulary", "0"], "--draft-vocabulary 0: "),
@@ -65,14 +71,30 @@ def test_stats_say_what_was_accepted_how_fast_and_whether_equal(exported, capsys
     ids=lambda value: " ".join(value)[:24] if isinstance(value, list) else "",
 )
 def test_mistakes(arguments, message, exported, capsys):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         main([str(exported), "--prompt", "x", *arguments])
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "" and "\n" not in str(error.value)
 
 
-def test_no_prompt(exported):
-    with pytest.raises(UserError, match="give at least one --prompt TEXT"):
-        main([str(exported)])
+def test_no_prompt(exported, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    for arguments in ([], ["--prompts", str(tmp_path / "empty.txt")]):
+        with pytest.raises(UserError, match="give at least one --prompt TEXT"):
+            main([str(exported), *arguments])
+
+
+def test_an_empty_prompt_is_continued_from_the_start_of_a_document(exported, capsys):
+    main([str(exported), "--prompt", "", "--max-new-tokens", "8"])
+    export = load_export(exported)
+    expected = export.model.generate(torch.tensor([[export.eos_id]]), do_sample=False, max_new_tokens=8)[0]
+    assert capsys.readouterr().out == export.tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_what_auto_learned_serves_the_next_text(exported):
+    export = load_export(exported)
+    for _ in range(2):
+        continue_texts(export, [[export.eos_id]], 12, "auto", Sampling())
+    assert export.adaptive_length._cycles > 12 // 2
 
 
 def test_several_prompts_are_one_batch_of_the_same_texts(exported, tmp_path, capsys):

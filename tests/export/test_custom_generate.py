@@ -47,9 +47,11 @@ def generate(model, folder, ids, **settings):
 
 @pytest.mark.parametrize("draft_length", [1, 5, "auto"])
 def test_greedy_text_equals_that_of_plain_generate(model, folder, draft_length):
+    """Twice: what `auto` learned of the first text is there for the second."""
     ids = torch.tensor([[256, 100, 101, 102]])
     plain = model.generate(ids, do_sample=False, max_new_tokens=30)
-    assert torch.equal(generate(model, folder, ids, max_new_tokens=30, draft_length=draft_length), plain)
+    for _ in range(2):
+        assert torch.equal(generate(model, folder, ids, max_new_tokens=30, draft_length=draft_length), plain)
 
 
 def test_a_left_padded_batch_equals_plain_generate(model, folder):
@@ -130,6 +132,15 @@ def test_streams_one_text(model, folder, capsys):
     [
         ({"draft_length": 0}, "draft_length=0: give at least 1"),
         ({"draft_length": -3}, "draft_length=-3: give at least 1"),
+        ({"draft_length": 2.5}, "draft_length=2.5: give at least 1"),
+        ({"draft_length": True}, "draft_length=True: give at least 1"),
+        ({"draft_length": "fast"}, "draft_length='fast': give at least 1 or 'auto'"),
+        ({"draft_vocabulary": 0}, "draft_vocabulary=0: give a number of tokens of at least 1"),
+        ({"draft_vocabulary": 9}, "draft_vocabulary=9: .* records no token frequencies; leave it out"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature"),
+        ({"do_sample": True, "top_p": 1.5}, "top.p"),
+        ({"do_sample": True, "top_p": 0.0}, "top.p"),
         ({"num_beams": 4}, "num_beams: not supported"),
         ({"repetition_penalty": 1.2}, "repetition_penalty: not supported"),
         ({"stop_strings": ["x"]}, "stop_strings: not supported"),
@@ -139,18 +150,36 @@ def test_streams_one_text(model, folder, capsys):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_followed_is_refused(settings, message, model, folder):
-    with pytest.raises(ValueError, match=message):
-        generate(model, folder, torch.tensor([[256, 100]]), **({"max_new_tokens": 4} | settings))
+def test_what_cannot_be_followed_is_refused_in_one_line_before_anything_is_shown(settings, message, model, folder):
+    shown = []
+    streamer = type("Streamer", (), {"put": lambda _, new: shown.append(new), "end": lambda _: None})()
+    with pytest.raises(ValueError, match=message) as error:
+        ids = torch.tensor([[256, 100]])
+        generate(model, folder, ids, streamer=streamer, **({"max_new_tokens": 4} | settings))
+    assert not shown and "\n" not in str(error.value)
 
 
-def test_a_model_without_dynamics_has_no_such_folder(tmp_path):
+def test_an_empty_prompt_is_refused(model, folder):
+    ids = torch.empty(1, 0, dtype=torch.long)
+    with pytest.raises(ValueError, match="the prompt has no tokens; give at least one"):
+        generate(model, folder, ids, max_new_tokens=4)
+    padded = {"attention_mask": torch.tensor([[1, 1], [0, 0]]), "max_new_tokens": 4}
+    with pytest.raises(ValueError, match="the prompt has no tokens; give at least one"):
+        generate(model, folder, torch.tensor([[256, 100], [256, 256]]), **padded)
+
+
+def test_a_model_without_dynamics_has_no_such_folder_and_cannot_use_anothers(tmp_path, folder):
     checkpoint = MemoryCheckpoint(bytes_tokenizer(), {"name": "next_token"})
     out = export(checkpoint, tmp_path / "gpt", console=Console(file=io.StringIO()))
     assert not (out / "custom_generate").exists()
     plain = AutoModelForCausalLM.from_pretrained(out)
     with pytest.raises(OSError, match="does not contain a `custom_generate`"):
         generate(plain, out, torch.tensor([[256]]), max_new_tokens=2)
+    with pytest.raises(
+        ValueError, match=f"{out}: has no latent dynamics model .* or leave out custom_generate"
+    ) as error:
+        generate(plain, folder, torch.tensor([[256]]), max_new_tokens=2)
+    assert "\n" not in str(error.value)
 
 
 def test_token_ranks_count_the_training_split(tiny_data, tmp_path):

@@ -1,0 +1,301 @@
+"""Drafting with p_psi against plain decoding: every draft length and `auto`, side by side in one run.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.decoding --export exports/quickstart --out docs/results/decoding.md
+
+Prompts are code and prose (docstrings) of the validation documents of the export's data set. A round decodes the same
+prompts in every way, one after the other, and backwards in every second round; ratios are formed within a round, their
+medians printed. Every way decodes once before it is timed. Texts run to their full length, whatever is in them.
+
+With a KV cache is what a user feels. Without one, batch 1 and greedy, is the paper's definition of speed-up: neither
+side keeps keys and values, so a verification costs hardly more than a plain step. A cycle's first token is the target's
+own: it counts neither as drafted nor as accepted. The paper left it out of accepted tokens, but not of draft lengths,
+so its length k + 1 is our k.
+
+A trunk of GPT-2's size (12 layers, width 768) with random weights has no drafts worth verifying. Its draft steps are
+computed in full, and then a token is drafted that is right as often as was measured at that position on the trained
+model: what is simulated is the acceptance, not the time.
+
+On a CPU seconds are those of one thread's processor time, which other work on the machine disturbs least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.decoding_page import write_page
+from data_pipeline import Dataset, UserError, run_command
+from pretrain.decoding import (
+    AdaptiveLength,
+    DecodingStatistics,
+    DraftStep,
+    Export,
+    FixedLength,
+    Sampling,
+    draft_with_latent_dynamics,
+    generate_batch,
+)
+from pretrain.decoding.trunk import CachedTrunk
+from pretrain.evals.subject import open_data, open_subject
+from pretrain.latent_dynamics import LatentDynamics
+
+WAYS: tuple[int | str, ...] = (0, *range(1, 11), "auto")
+GPT2 = {"layers": 12, "width": 768, "heads": 12, "mlp_width": 2048, "vocabulary": 50_257, "dynamics_width": 2448}
+TINY = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 64, "vocabulary": 300, "dynamics_width": 32}
+PROMPT = 48
+
+
+@dataclass
+class Row:
+    """One line of the table: how it decodes, and what each round gave, by way."""
+
+    trunk: str
+    text: str
+    batch: int
+    cached: bool
+    temperature: float
+    tokens: int
+    rounds: dict[int | str, list[DecodingStatistics]] = field(default_factory=lambda: {way: [] for way in WAYS})
+
+    def ratios(self, way: int | str) -> list[float]:
+        """Speed over plain decoding's, round by round."""
+        pairs = zip(self.rounds[way], self.rounds[0], strict=True)
+        return [mine.tokens_per_second / plain.tokens_per_second for mine, plain in pairs]
+
+    def speed_up(self, way: int | str) -> float:
+        """Median over rounds."""
+        return statistics.median(self.ratios(way))
+
+    def total(self, way: int | str) -> DecodingStatistics:
+        """All rounds together."""
+        total = DecodingStatistics()
+        for one in self.rounds[way]:
+            total.add(one)
+        return total
+
+
+class UncachedTrunk:
+    """Reads every text from its beginning each time: what decoding costs without a KV cache."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self._tokens_BS = torch.empty(0, 0, dtype=torch.long)
+
+    def read(self, tokens_BT: Tensor, starts_B: Tensor) -> Tensor:
+        """See `pretrain.decoding.trunk.Trunk`."""
+        positions_BT = starts_B[:, None] + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        rows_B1 = torch.arange(len(tokens_BT), device=tokens_BT.device)[:, None]
+        if not self._tokens_BS.numel():
+            self._tokens_BS = tokens_BT.new_zeros(len(tokens_BT), self._model.config.max_position_embeddings)
+        self._tokens_BS[rows_B1, positions_BT] = tokens_BT
+        read_BS = self._tokens_BS[:, : int(positions_BT.max()) + 1]
+        states: Tensor = self._model.model(input_ids=read_BS, use_cache=False).last_hidden_state
+        return states[rows_B1, positions_BT]
+
+    def keep(self, rows_B: Tensor) -> None:
+        """See `pretrain.decoding.trunk.Trunk`."""
+        self._tokens_BS = self._tokens_BS[rows_B]
+
+
+class SetAcceptance:
+    """A draft step that computes all that p_psi's does, and then drafts the target's own token with a set chance."""
+
+    def __init__(self, step: DraftStep, chances: list[float]):
+        self._step, self._chances = step, chances
+        self.texts: list[list[int]] = []  # what the target will say
+        self._said: list[int] = []
+        self._position = 0
+        self._chance = random.Random(0)
+
+    def begin(self) -> None:
+        """A generation begins."""
+        self._said, self._position = [0] * len(self.texts), 0
+
+    def saw(self, row: int, tokens: list[int]) -> None:
+        """The generation's `on_tokens`."""
+        self._said[row] += len(tokens)
+        self._position = 0
+
+    def __call__(self, state_BD: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DraftStep`. Rows that have gone wrong in this cycle draft on in vain."""
+        state_BD, logits_BV = self._step(state_BD, token_B)
+        self._position += 1
+        chance = self._chances[min(self._position, len(self._chances)) - 1]
+        going_on = [(text, said) for text, said in zip(self.texts, self._said, strict=True) if said < len(text)]
+        for row, (text, said) in enumerate(going_on):
+            place = min(said + self._position, len(text) - 1)
+            right = text[place]
+            drafted = right if self._chance.random() < chance else (right + 1) % logits_BV.shape[-1]
+            logits_BV[row, drafted] = 100.0
+        return state_BD, logits_BV
+
+
+def measure(row: Row, model: Any, step: DraftStep, prompts: list[list[int]], rounds: int, clock: Any) -> Iterator[None]:
+    """Decode the prompts in every way, `rounds` times; yields after each way of each round."""
+    groups = [prompts[start : start + row.batch] for start in range(0, len(prompts), row.batch)]
+    auto = AdaptiveLength()
+
+    def decode(way: int | str, group: list[list[int]]) -> tuple[list[list[int]], DecodingStatistics]:
+        simulated = step if isinstance(step, SetAcceptance) and way else None
+        if simulated:
+            simulated.begin()
+        return generate_batch(
+            model,
+            group,
+            row.tokens,
+            draft_step=step if way else None,
+            draft_length=auto if isinstance(way, str) else FixedLength(way),
+            sampling=Sampling(row.temperature),
+            on_tokens=simulated.saw if simulated else None,
+            trunk=CachedTrunk if row.cached else UncachedTrunk,
+            clock=clock,
+        )
+
+    for number in range(-1, rounds):
+        totals = {way: DecodingStatistics() for way in WAYS}
+        for group in groups if number >= 0 else groups[:1]:
+            # Plain comes first where its texts are the simulated drafts.
+            for way in WAYS if number % 2 == 0 or isinstance(step, SetAcceptance) else WAYS[::-1]:
+                texts, counted = decode(way, group)
+                if way == 0 and isinstance(step, SetAcceptance):
+                    step.texts = texts
+                totals[way].add(counted)
+                yield
+        if number >= 0:
+            for way, total in totals.items():
+                row.rounds[way].append(total)
+
+
+def texts_of_a_document(text: str) -> Iterator[tuple[str, str]]:
+    """("code", a function without a docstring) and ("prose", a docstring), for each of a Python file's."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield "prose", docstring
+            elif isinstance(node, ast.FunctionDef):
+                yield "code", ast.get_source_segment(text, node) or ""
+
+
+def prompts_by_domain(export: Export, dataset: Dataset, count: int, length: int) -> dict[str, list[list[int]]]:
+    """The first `length` tokens of `count` texts of each domain, spread over the documents.
+
+    Raises UserError where there are too few.
+    """
+    split, decode = dataset.split("validation"), export.tokenizer.decode
+    starts = [int(start) for start in split.document_starts]
+    found: dict[str, list[list[int]]] = {"code": [], "prose": []}
+    for start, stop in zip(starts, [*starts[1:], split.tokens], strict=True):
+        for domain, text in texts_of_a_document(decode(split.read(start, stop).tolist(), skip_special_tokens=True)):
+            tokens = export.tokenizer(text, verbose=False)["input_ids"]
+            if len(tokens) >= length:
+                found[domain].append(tokens[:length])
+    for domain, prompts in found.items():
+        if len(prompts) < count:
+            raise UserError(
+                f"{dataset.path}: its validation documents have {len(prompts)} texts of {domain} of {length} tokens, "
+                f"where {count} are wanted; give --data with more Python files"
+            )
+    return {domain: prompts[:: len(prompts) // count][:count] for domain, prompts in found.items()}
+
+
+def random_model(size: dict[str, int], context: int, device: torch.device) -> tuple[Any, LatentDynamics]:
+    """A Llama and p_psi of this size with random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size["vocabulary"],
+        hidden_size=size["width"],
+        intermediate_size=size["mlp_width"],
+        num_hidden_layers=size["layers"],
+        num_attention_heads=size["heads"],
+        max_position_embeddings=context,
+    )
+    with device:
+        return LlamaForCausalLM(config).eval(), LatentDynamics(size["width"], size["dynamics_width"]).eval()
+
+
+def run(export: Export, prompts: dict[str, list[list[int]]], arguments: argparse.Namespace, clock: Any) -> list[Row]:
+    """All rows, measured."""
+    tokens, rounds = arguments.tokens, arguments.rounds
+    trained = [
+        Row("trained", domain, batch, cached, temperature, tokens if cached else tokens // 2)
+        for cached, batch, temperature in (
+            (True, 1, 0.0),
+            (True, 8, 0.0),
+            (True, 1, 1.0),
+            (False, 1, 0.0),
+            (False, 8, 0.0),
+        )
+        for domain in prompts
+    ]
+    simulated = [Row("GPT-2 size", "simulated", batch, True, 0.0, tokens // 4) for batch in (1, 8)]
+    with Progress(console=Console(stderr=True)) as progress:
+
+        def follow(row: Row, steps: Iterator[None], ways: int) -> None:
+            label = f"{row.trunk}, {row.text}, batch {row.batch}, {'cached' if row.cached else 'uncached'}"
+            for _ in progress.track(steps, total=ways * len(WAYS), description=label):
+                pass
+
+        step = draft_with_latent_dynamics(export.model, export.dynamics)  # type: ignore[arg-type]  # checked in main
+        for row in trained:
+            some = prompts[row.text] if row.cached or row.batch > 1 else prompts[row.text][:3]
+            steps = measure(row, export.model, step, some, rounds, clock)
+            follow(row, steps, 1 + rounds * -(-len(some) // row.batch))
+        shares = trained[0].total(10).acceptance_by_position
+        model, dynamics = random_model(TINY if arguments.tiny else GPT2, PROMPT + tokens, export.model.device)
+        for row in simulated:
+            oracle = SetAcceptance(draft_with_latent_dynamics(model, dynamics), shares)
+            some = [[token % 300 for token in prompt] for prompt in prompts["code"][: row.batch]]
+            follow(row, measure(row, model, oracle, some, rounds, clock), 1 + rounds)
+    return [*trained, *simulated]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the page, and write it where told."""
+    parser = argparse.ArgumentParser(prog="benchmarks.decoding")
+    parser.add_argument("--export", type=Path, default=Path("exports/quickstart"), help="a trained model with p_psi")
+    parser.add_argument("--data", metavar="DIR", help="data set of the prompts; default: the one trained on")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=96, help="new tokens of a text; fewer in slow rows")
+    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny trunk in place of GPT-2's size: to see that it runs"
+    )
+    arguments = parser.parse_args(argv)
+    subject = open_subject(arguments.export)
+    export = subject.decoder()
+    if export.dynamics is None or export.tokenizer is None:
+        raise UserError(f"{arguments.export}: give an export that has a latent dynamics model (nextlat/)")
+    length = min(PROMPT, export.model.config.max_position_embeddings - arguments.tokens)
+    prompts = prompts_by_domain(export, open_data(subject, arguments.data), 8, length)
+    on_cpu = export.model.device.type == "cpu"
+    threads = torch.get_num_threads()
+    if on_cpu:
+        torch.set_num_threads(1)
+    clock: Callable[[], float] = time.process_time if on_cpu else time.perf_counter
+    try:
+        rows = run(export, prompts, arguments, clock)
+    finally:
+        torch.set_num_threads(threads)
+    write_page(rows, export, arguments, arguments.out)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,257 @@
+"""How many tokens a cycle drafts: a fixed number, or as many as pay."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+from torch import Tensor
+
+
+class DraftLength(Protocol):
+    """Decides how many tokens a cycle drafts, and is told what came of it.
+
+    The texts of a batch draft together, one step for all: a text that drafted less than its neighbours would save
+    nothing.
+    """
+
+    def wants_another(self, drafted: int) -> bool:
+        """Draft once more, with `drafted` tokens drafted in this cycle? 0 begins a cycle."""
+
+    def saw_draft(self, logits_BV: Tensor) -> None:
+        """Drafts were drawn after these logits."""
+
+    def saw_cycle(self, accepted: list[int], drafted: list[int], draft_seconds: list[float], rest: float) -> None:
+        """A cycle is over.
+
+        Of each text, how many drafts stood of how many; the seconds of each draft step; those of the rest of the cycle,
+        which verified the drafts.
+        """
+
+
+class FixedLength:
+    """The same number of drafts in every cycle."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def wants_another(self, drafted: int) -> bool:
+        """See `DraftLength`."""
+        return drafted < self.length
+
+    def saw_draft(self, logits_BV: Tensor) -> None:
+        """See `DraftLength`."""
+
+    def saw_cycle(self, accepted: list[int], drafted: list[int], draft_seconds: list[float], rest: float) -> None:
+        """See `DraftLength`."""
+
+
+class AdaptiveLength:
+    """Draft on while it pays, from what was seen so far; not at all where no length does.
+
+    Measured by the clock: d, a draft step for the B texts of the batch, and V(k), the rest of a cycle of k drafts.
+    With a_i the chance that draft i stands where those before it do, a cycle of k drafts gives
+    E(k) = B · (1 + a_1 + a_1 a_2 + … + a_1 ⋯ a_k) tokens in C(k) = k · d + V(k) seconds. The rule aims at the rate
+
+        r = max over k of E(k) / C(k),
+
+    which for k ≥ 1 is corrected by what cycles with drafts have achieved.
+    Where that is k = 0 it decodes plainly, and no draft step runs: but for a trial now and then, ever more seldom,
+    until what trials lose is LOSS of the time. Else a cycle with j drafts, which are still alive with chances s (one of
+    each text), drafts on if for any m ≥ 1 the tokens to be hoped for are worth their time,
+
+        Σ s · (a_{j+1} + … + a_{j+1} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
+
+    the stopping rule that maximises the long-run rate (renewal-reward theorem). s is the product of the acceptance
+    measured for drafts of like confidence (the draft distribution's largest probability, in ten bins).
+
+    Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
+    decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed
+    does not fix the text. One rule may serve many generations, one after the other: what it learned stays of use.
+    """
+
+    LONGEST = 16
+    FIRST = (0, 0, 3)  # lengths of the first cycles, to learn the costs
+    LOSS = 0.01
+    SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
+    EXPLORE_EVERY = 32  # cycles, one drafts two tokens more than the last, every fourth of those none
+    FADING = 0.95  # of counts, in a cycle that drafts: what was given up is tried again some time
+    ACHIEVED_FADING, TRUST = 0.9, 12.0  # of r as achieved; how many cycles the expected r is worth
+    BINS = 10
+    HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
+
+    def __init__(self, longest: int = LONGEST) -> None:
+        self._longest = longest
+        self._draft_seconds = Seconds()  # of a step, by texts
+        self._rest_seconds = Seconds()  # of a cycle, by tokens that it reads
+        self._by_position = [[0.0, 0.0] for _ in range(longest)]  # accepted, seen
+        self._by_confidence = [[0.0, 0.0] for _ in range(self.BINS)]
+        self._cycles, self._texts = 0, 1
+        self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
+        self._rest = 0  # plain cycles until the next trial
+        self._patience = self.SHORTEST_REST  # no more of them than this, which doubles with every trial in vain
+        # What is expected of a cycle: see `_estimate`.
+        self._estimated_for, self._best, self._rate = 0, 0, 0.0
+        self._achieved = [0.0, 0.0]  # tokens, seconds of the last cycles with drafts
+        self._acceptance: list[float] = []
+        self._costs: list[float] = []
+        # Of this cycle's drafts.
+        self._bins: list[list[int]] = []  # position, text → bin of confidence
+        self._alive: list[float] = []  # text → s
+
+    def wants_another(self, drafted: int) -> bool:
+        """See `DraftLength`."""
+        if drafted == 0:
+            self._bins, self._alive = [], []
+        if self._planned is not None:
+            return drafted < self._planned
+        return drafted == 0 or (drafted < self._longest and self._pays(drafted))
+
+    def saw_draft(self, logits_BV: Tensor) -> None:
+        """See `DraftLength`."""
+        confidences = logits_BV.float().softmax(-1).amax(-1).tolist()
+        bins = [min(int(confidence * self.BINS), self.BINS - 1) for confidence in confidences]
+        before = self._alive or [1.0] * len(bins)
+        self._alive = [s * self._confident(b) for s, b in zip(before, bins, strict=True)]
+        self._bins.append(bins)
+
+    def saw_cycle(self, accepted: list[int], drafted: list[int], draft_seconds: list[float], rest: float) -> None:
+        """See `DraftLength`."""
+        self._cycles += 1
+        self._texts, steps = len(accepted), len(draft_seconds)
+        self._rest_seconds.add(self._texts * (1 + steps), rest)
+        for seconds in draft_seconds:
+            self._draft_seconds.add(self._texts, seconds)
+        if steps:
+            self._count(accepted, drafted)
+        if self._cycles < len(self.FIRST):
+            self._planned = min(self.FIRST[self._cycles], self._longest)
+            return
+        if steps or self._texts != self._estimated_for:
+            self._estimate()
+        if steps:
+            self._compare(len(accepted) + sum(accepted), steps)
+        self._plan(len(accepted) + sum(accepted), sum(draft_seconds) + rest, steps)
+
+    def _count(self, accepted: list[int], drafted: list[int]) -> None:
+        """What stood, by position and by confidence."""
+        for counts in (*self._by_confidence, *self._by_position):
+            counts[0] *= self.FADING
+            counts[1] *= self.FADING
+        for text, (stood, made) in enumerate(zip(accepted, drafted, strict=True)):
+            for position in range(min(stood + 1, made)):  # later ones were never compared
+                for counts in (self._by_position[position], self._by_confidence[self._bins[position][text]]):
+                    counts[0] += position < stood
+                    counts[1] += 1
+
+    def _estimate(self) -> None:
+        """a_i and C(k); the best k ≥ 1, and its tokens per second."""
+        draft = self._draft_seconds.at(self._texts)
+        verify, another = self._rest_seconds.line_beyond(self._texts)
+        self._acceptance, self._costs = [], [self._rest_seconds.at(self._texts)]
+        if self._texts != self._estimated_for:
+            self._achieved, self._estimated_for = [0.0, 0.0], self._texts
+        self._best, self._rate = 0, 0.0
+        tokens = alive = float(self._texts)
+        chance = self.HOPE
+        for k, (stood, seen) in enumerate(self._by_position, start=1):
+            # Of a position never seen it is the chance of the one before.
+            chance = (stood + chance * self.WEIGHT) / (seen + self.WEIGHT)
+            self._acceptance.append(chance)
+            self._costs.append(k * draft + verify + another * self._texts * (1 + k))
+            alive *= chance
+            tokens += alive
+            reached = self._by_position[max(k - 3, 0)][1] > 0.5  # no more than two beyond what was seen lately
+            if reached and tokens > self._rate * self._costs[k]:
+                self._best, self._rate = k, tokens / self._costs[k]
+
+    def _compare(self, tokens: int, steps: int) -> None:
+        """Correct the rate by what cycles with drafts really gave, at their usual costs.
+
+        The product of the a_i says too much: later positions are seen in the cycles that go well.
+        """
+        cost = self._costs[steps]
+        for i, new in enumerate((tokens, cost)):
+            self._achieved[i] = self.ACHIEVED_FADING * self._achieved[i] + new
+        expected = self.TRUST * cost
+        self._rate = (self._achieved[0] + self._rate * expected) / (self._achieved[1] + expected)
+
+    def _plan(self, tokens: int, seconds: float, steps: int) -> None:
+        """Decide about the next cycle. The last one gave `tokens` in `seconds`, with `steps` draft steps."""
+        explores = self._cycles % self.EXPLORE_EVERY == 0
+        plain_seconds = self._rest_seconds.at(self._texts)
+        if self._rate * plain_seconds > self._texts:
+            self._planned = min(steps + 2, self._longest) if explores else None
+            self._patience = self.SHORTEST_REST
+        else:
+            if steps:
+                lost = seconds - tokens / self._texts * plain_seconds
+                self._rest = max(min(int(lost / (self.LOSS * plain_seconds)), self._patience), self.SHORTEST_REST)
+                self._patience = min(2 * self._patience, self.LONGEST_REST)
+            else:
+                self._rest -= 1
+            self._planned = 0 if self._rest > 0 else self._best
+        if not self._rest_seconds.has(self._texts) or (explores and self._cycles // self.EXPLORE_EVERY % 4 == 0):
+            self._planned = 0  # to know what a plain cycle costs by now
+
+    def _pays(self, drafted: int) -> bool:
+        """Are more drafts worth their time?"""
+        alive, gain = sum(self._alive), 0.0
+        for k in range(drafted, self._longest):
+            alive *= self._acceptance[k]
+            gain += alive
+            if gain > self._rate * (self._costs[k + 1] - self._costs[drafted]):
+                return True
+        return False
+
+    def _confident(self, b: int) -> float:
+        """Acceptance of drafts whose confidence lies in bin b."""
+        stood, seen = self._by_confidence[b]
+        return (stood + self.HOPE) / (seen + 1.0)
+
+
+class Seconds:
+    """What something costs, by its size: medians of the last measurements at each."""
+
+    KEPT = 9
+
+    def __init__(self) -> None:
+        self._measured: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}
+        self._sizes: list[int] = []
+
+    def add(self, size: int, seconds: float) -> None:
+        """One measurement."""
+        if size not in self._measured:
+            self._measured[size] = deque(maxlen=self.KEPT)
+            self._sizes = sorted(self._measured)
+        kept = self._measured[size]
+        kept.append(seconds)
+        # Of an even number the smaller one: what disturbs a measurement makes it longer, above all the first.
+        self._medians[size] = sorted(kept)[(len(kept) - 1) // 2]
+
+    def has(self, size: int) -> bool:
+        """Was this size measured?"""
+        return size in self._medians
+
+    def at(self, size: int) -> float:
+        """Seconds at this size, or at the nearest that was measured."""
+        nearest = size if size in self._medians else min(self._sizes, key=lambda other: abs(other - size))
+        return self._medians[nearest]
+
+    def line_beyond(self, size: int) -> tuple[float, float]:
+        """Start and slope of the line that fits best what was measured at larger sizes.
+
+        Sizes up to this one count for little: the first step up is often the steepest, and their place is not on the
+        line; but they give it a direction where only one larger size was measured.
+        """
+        n = x = y = xx = xy = 0.0
+        for other in self._sizes:
+            seconds = self._medians[other]
+            # Noise grows with what is measured.
+            weight = (len(self._measured[other]) if other > size else 0.25) / seconds**2
+            n, x, y = n + weight, x + weight * other, y + weight * seconds
+            xx, xy = xx + weight * other * other, xy + weight * other * seconds
+        spread = n * xx - x * x
+        slope = max((n * xy - x * y) / spread, 0.0) if spread else 0.0
+        return (y - slope * x) / n, slope

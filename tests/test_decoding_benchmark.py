@@ -1,0 +1,98 @@
+"""The decoding benchmark runs, at a small size; what it measures against decodes the same texts."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import decoding
+from data_pipeline import UserError, open_dataset
+from pretrain.decoding import FixedLength, draft_with_latent_dynamics, generate_batch, load_export
+from pretrain.export import export
+
+sys.path.insert(0, str(Path(__file__).parent / "export"))
+
+from export_helpers import MemoryCheckpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_data, tmp_path_factory) -> Path:
+    """An export whose data are files of the standard library."""
+    data = open_dataset(tiny_data)
+    checkpoint = MemoryCheckpoint(data.tokenizer())
+    checkpoint.dataset |= {
+        "path": str(tiny_data),
+        "fingerprint": data.fingerprint,
+        "tokenizer_fingerprint": data.tokenizer_fingerprint,
+    }
+    return export(checkpoint, tmp_path_factory.mktemp("benchmark") / "model", console=Console(file=io.StringIO()))
+
+
+def test_writes_a_page_of_every_way_with_costs_and_a_picture(folder, tmp_path, capsys):
+    out = tmp_path / "decoding.md"
+    decoding.main(["--export", str(folder), "--rounds", "1", "--tokens", "8", "--tiny", "--out", str(out)])
+    text = out.read_text()
+    assert text in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    speeds = [row for row in rows if len(row) == 18 and row[0] != "trunk"]
+    kinds = [("yes", 1, 0), ("yes", 8, 0), ("yes", 1, 1), ("no", 1, 0), ("no", 8, 0)]
+    expected = [["trained", text, str(t), cached, str(b)] for cached, b, t in kinds for text in ("code", "prose")]
+    expected += [["GPT-2 size", "simulated", "0", "yes", batch] for batch in ("1", "8")]
+    assert [row[:5] for row in speeds] == expected
+    for row in speeds:
+        fixed, auto, against_best = [float(cell.strip("*")) for cell in row[6:16]], float(row[16]), float(row[17])
+        assert against_best == pytest.approx(auto / max(1.0, *fixed), rel=0.05)
+        assert sum("*" in cell for cell in row) <= 1
+    assert len([row for row in rows if len(row) == 15 and row[0] != "trunk"]) == len(expected)  # costs
+    assert (tmp_path / "decoding" / "acceptance.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_decoding_without_a_cache_gives_the_same_texts(folder):
+    exported = load_export(folder)
+    step = draft_with_latent_dynamics(exported.model, exported.dynamics)
+    prompts = [[exported.eos_id], [5, 6, 7, 8, 9], [40] * 20]
+    for length in (0, 3):
+        settings = {"draft_step": step if length else None, "draft_length": FixedLength(length)}
+        texts = [
+            generate_batch(exported.model, prompts, 20, eos_id=9, trunk=trunk, **settings)[0]
+            for trunk in (decoding.CachedTrunk, decoding.UncachedTrunk)
+        ]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("chances", "accepted"), [([1.0], 4 * 16), ([0.0], 0), ([1.0, 0.0], 4 * 10)])
+def test_set_acceptance_is_what_is_accepted(folder, chances, accepted):
+    """20 tokens of 4 texts: in cycles of 1 + 4, of 1 and of 1 + 1 tokens."""
+    exported = load_export(folder)
+    prompts = [[3], [4, 5], [6, 7, 8], [9]]
+    step = decoding.SetAcceptance(draft_with_latent_dynamics(exported.model, exported.dynamics), chances)
+    step.texts, _ = generate_batch(exported.model, prompts, 20)
+    step.begin()
+    texts, counted = generate_batch(
+        exported.model, prompts, 20, draft_step=step, draft_length=FixedLength(4), on_tokens=step.saw
+    )
+    assert texts == step.texts
+    assert counted.accepted == accepted
+
+
+def test_too_few_texts_and_a_model_that_cannot_draft_are_one_line(folder, tiny_data, tmp_path):
+    exported, data = load_export(folder), open_dataset(tiny_data)
+    with pytest.raises(UserError, match=r"texts of (code|prose) of 40 tokens, where 999999 are wanted; give --data"):
+        decoding.prompts_by_domain(exported, data, 999_999, 40)
+    checkpoint = MemoryCheckpoint(data.tokenizer(), {"name": "next_token"})
+    plain = export(checkpoint, tmp_path / "plain", console=Console(file=io.StringIO()))
+    with pytest.raises(UserError, match="give an export that has a latent dynamics model"):
+        decoding.main(["--export", str(plain)])

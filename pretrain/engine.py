@@ -20,6 +20,7 @@ from pretrain.latent_dynamics import LatentDynamics
 from pretrain.model import PretrainingModel, initialise
 
 NEVER = 2**62
+FINAL_GAIN = "trunk.norm.weight"
 
 
 def precision(config: Config, device: torch.device) -> torch.dtype:
@@ -88,10 +89,10 @@ def build_engine(config: Config, vocab_size: int, ranks: int, device: torch.devi
 def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices alone; or Muon for the matrices between embedding and head.
 
-    Trunk and p_ψ have groups of their own; `set_learning_rates` tells them apart.
+    Trunk and p_ψ have groups of their own; `set_learning_rates` tells them apart, and what is never updated.
     """
     optimizer = config.optimizer
-    groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         is_dynamics, is_matrix = name.startswith(DYNAMICS_PREFIX), _dimensions(parameter) >= 2
         use_muon = optimizer.name == "muon" and is_matrix and "embed" not in name and "lm_head" not in name
@@ -99,8 +100,10 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> t
         decay = optimizer.weight_decay if is_matrix else 0.0
         if is_dynamics and isinstance(config.objective, NextLatConfig):
             decay *= config.objective.dynamics_weight_decay_multiple
+        is_fixed = config.model.fix_final_gain and name == FINAL_GAIN
         settings = {"params": [], "weight_decay": decay, "is_dynamics": is_dynamics, "use_muon": use_muon}
-        groups.setdefault((is_dynamics, is_matrix, use_muon), settings)["params"].append(parameter)
+        settings["is_fixed"] = is_fixed
+        groups.setdefault((is_dynamics, is_matrix, use_muon, is_fixed), settings)["params"].append(parameter)
     adamw: dict[str, Any] = {"lr": optimizer.learning_rate, "betas": optimizer.betas, "eps": optimizer.epsilon}
     if optimizer.name == "adamw":
         return torch.optim.AdamW(list(groups.values()), **adamw, fused=device.type == "cuda")
@@ -125,6 +128,8 @@ def set_learning_rates(engine: deepspeed.DeepSpeedEngine, config: Config, step: 
         engine.module.objective.dynamics_only = dynamics_only = step < objective.dynamics_only_steps
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * (dynamics_multiple if group["is_dynamics"] else 0.0 if dynamics_only else 1.0)
+        if group["is_fixed"]:
+            group["lr"] = 0.0
         if group["use_muon"]:
             group["lr"] *= (optimizer.muon_learning_rate or 0.0) / optimizer.learning_rate
     return rate

@@ -2,6 +2,7 @@
 
     group=A5        A, S or C and a number: alternating, symmetric or cyclic group of so many points
     generators=K    words over K fixed elements that generate the group, chosen by the seed; 0: over the whole group
+    letters=A+B     words over these elements, in cycle notation as in (012)+(01)(23), in place of chosen ones
     length=12       elements of a word
 
 Tokens are the group's elements and EOS. Each token is answered with the element that is the product so far, and not
@@ -37,10 +38,11 @@ class WordProblem(Task):
     name: ClassVar[str] = "word_problem"
     group: str = "A5"
     generators: int = 0
+    letters: str = ""
     length: int = 12
 
     def check(self) -> None:
-        """Raise UserError for an unknown group, or generators that are too few or too many."""
+        """Raise UserError for an unknown group, or generators that are unknown, too few or too many."""
         if not re.fullmatch(r"[ASC][1-9]\d?", self.group) or not 2 <= self.points <= LARGEST_POINTS:
             raise UserError(f"task word_problem: group={self.group}: give A, S or C and 2 to {LARGEST_POINTS}, like A5")
         if self.length < 1:
@@ -79,6 +81,8 @@ class WordProblem(Task):
     def alphabet(self) -> NDArray[np.int64]:
         """(K,): the elements that words are made of, sorted."""
         size = len(self.elements)
+        if self.letters:
+            return self._named(self.letters.split("+"))
         if not self.generators:
             return np.arange(size)
         tries = permutations(random_bits(self.seed, np.arange(100), size, GENERATORS))[:, : self.generators]
@@ -89,6 +93,23 @@ class WordProblem(Task):
             f"task word_problem: no {self.generators} elements that generate {self.group} were found; give more "
             "generators"
         )
+
+    def _named(self, letters: list[str]) -> NDArray[np.int64]:
+        """The elements of these names, sorted; UserError unless they are different ones and generate the group."""
+        names = self.vocabulary.names[:-1]
+        unknown = [letter for letter in letters if letter not in names]
+        chosen = np.array(sorted({names.index(letter) for letter in letters if letter in names}), np.int64)
+        if unknown:
+            problem = f"{unknown[0]} is not an element of {self.group}; names are like {names[1]}, smallest point first"
+        elif self.generators:
+            problem = f"generators={self.generators} chooses them; leave one of the two out"
+        elif len(chosen) < len(letters):
+            problem = "one is named twice"
+        elif len(generated(chosen, self.products)) < len(names):
+            problem = f"they do not generate {self.group}"
+        else:
+            return chosen
+        raise UserError(f"task word_problem: letters={self.letters}: {problem}")
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

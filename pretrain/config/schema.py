@@ -67,6 +67,9 @@ class ModelConfig(Section):
     """Base of the rotary position frequencies."""
     norm_epsilon: PositiveFloat = 1e-5
     """Epsilon of every RMSNorm."""
+    fix_final_gain: bool = False
+    """Leave the final RMSNorm's gain as it starts (1), so that a hidden state has the length √D: a latent loss cannot be
+    lowered by making states small."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the normal initialisation of every matrix."""
     init_from: str | None = None

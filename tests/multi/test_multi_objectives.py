@@ -35,6 +35,7 @@ MUON: dict[str, object] = {
         "name": "muon", "learning_rate": 3e-3, "muon_learning_rate": 0.02, "weight_decay": 0.1, "gradient_clip": None,
     }
 }  # fmt: skip
+FIXED_GAIN: dict[str, object] = {"model.fix_final_gain": True, "optimizer.weight_decay": 1.0}
 ALONE: dict[str, object] = {ZERO: 0, "batch.micro_sequences": 8}
 
 
@@ -64,6 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
         config("frozen", frozen),
         config("frozen_zero1", frozen, {ZERO: 1}),
         config("thawed", {"objective.dynamics_only_steps": 2}),
+        config("fixed_gain", FIXED_GAIN),
         config("muon", MUON),
         config("muon_zero1", MUON, {ZERO: 1}),
         config("muon_zero2", MUON, {ZERO: 2}),
@@ -77,12 +79,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
         config("watched_alone", watched, ALONE),
         config("start", ALONE, {"optimizer.learning_rate": 1e-30}),
         config("thawed_alone", {"objective.dynamics_only_steps": 2}, ALONE),
+        config("fixed_gain_alone", FIXED_GAIN, ALONE),
         config("muon_alone", MUON, ALONE),
     )
     return folder / "runs"
 
 
-@pytest.mark.parametrize("name", ["options", "some_positions", "watched", "thawed", "muon"])
+@pytest.mark.parametrize("name", ["options", "some_positions", "watched", "thawed", "fixed_gain", "muon"])
 def test_two_ranks_under_zero3_train_as_one_rank_alone(runs: Path, name: str) -> None:
     ours, theirs = read_metrics(runs / name), read_metrics(runs / f"{name}_alone")
     assert len(ours) == len(theirs) == 4
@@ -95,6 +98,13 @@ def test_two_ranks_under_zero3_train_as_one_rank_alone(runs: Path, name: str) ->
 def test_stopped_and_resumed_equals_uninterrupted_to_the_last_digit(runs: Path) -> None:
     for stopped, whole in (("stopped", "some_positions"), ("muon_stopped", "muon")):
         assert without_times(read_metrics(runs / stopped)) == without_times(read_metrics(runs / whole))
+
+
+@pytest.mark.parametrize("name", ["fixed_gain", "fixed_gain_alone"])
+def test_a_fixed_final_gain_stays_one_and_nothing_else_does(runs: Path, name: str) -> None:
+    after = open_checkpoint(runs / name)
+    ones = [weight for weight in after.weight_names if bool((after.weight(weight) == 1).all())]
+    assert ones == ["trunk.norm.weight"]
 
 
 @pytest.mark.parametrize("name", ["muon_zero1", "muon_zero2"])

@@ -40,7 +40,7 @@ def test_the_whole_way_in_a_few_steps(tmp_path):
     values = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
     short = ["schedule={name: constant, steps: 40}"]
     runs = {name: entry | {"overrides": short} for name, entry in values["runs"].items()}
-    data = [{"source": "task:word_problem,group=A5,generators=4,length=6,samples=6000", "out": ""}]
+    data = [{"source": "task:word_problem,group=A5,letters=(012)+(021)+(234)+(243),length=6,samples=6000", "out": ""}]
     found = accuracies(tmp_path, runs=runs, data=data, seeds=[0], limit=100)
     assert set(found) == {"next_token trunk", "nextlat trunk", "nextlat dynamics"}
     for ((points,),) in zip(found.values(), strict=True):
@@ -55,16 +55,8 @@ def trained(tmp_path_factory) -> Accuracy:
 
 
 @pytest.mark.slow
-def test_trunks_are_right_up_to_their_training_length_and_p_psi_goes_further(trained):
+def test_trunks_are_right_up_to_their_training_length_and_p_psi_keeps_on_at_twice_that(trained):
     for who in ("next_token trunk", "nextlat trunk"):
         for points in trained[who]:
-            assert min(points[:7]) > 0.98 and max(points[10:]) <= 0.1, who
-    for points, trunk in zip(trained["nextlat dynamics"], trained["nextlat trunk"], strict=True):
-        assert points[6] > 0.9 and points[7] > 0.6
-        assert points[8] > 0.3 and points[8] > 3 * trunk[8]
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="aimed at: 0.7 at twice the training length; these configs reach 0.03 to 0.13")
-def test_p_psi_keeps_its_accuracy_at_twice_the_training_length(trained):
+            assert min(points[:7]) > 0.98 and max(points[12:]) <= 0.1, who
     assert all(points[12] >= 0.7 for points in trained["nextlat dynamics"])

@@ -157,6 +157,9 @@ def test_parity_is_that_of_inversions_and_generators_generate():
     assert len(task.alphabet) == 4 and set(made.labels.tolist()) == set(range(60))
     with pytest.raises(UserError, match="no 1 elements that generate A5"):
         open_task("word_problem,group=A5,generators=1")
+    named = open_task("word_problem,letters=(243)+(012)+(01)(23)")
+    letters = set(named.samples(0, 400).rows()[:, 1:].reshape(-1).tolist())
+    assert {named.vocabulary.names[letter] for letter in letters} == {"(012)", "(243)", "(01)(23)"}
 
 
 # ---- belief
@@ -265,6 +268,10 @@ def test_every_crossing_can_be_reached_and_the_city_has_its_features():
         ("countdown,samples=0", "samples=0"),
         ("word_problem,group=A9", "group=A9: give A, S or C"),
         ("word_problem,group=A3,generators=4", "A3 has 3 elements"),
+        ("word_problem,letters=(012)+(01)", "(01) is not an element of A5; names are like (234), smallest"),
+        ("word_problem,letters=(012)+(012)+(234)", "one is named twice"),
+        ("word_problem,letters=(012)+(021)", "they do not generate A5"),
+        ("word_problem,letters=(012)+(234),generators=2", "generators=2 chooses them; leave one of the two out"),
         ("belief,process=mess", "process=mess: give mess3 or random or city"),
         ("belief,noise=2", "noise below 1"),
         ("city,map=x.pkl", "map and walks_file belong together"),

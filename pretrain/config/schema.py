@@ -68,7 +68,7 @@ class ModelConfig(Section):
     norm_epsilon: PositiveFloat = 1e-5
     """Epsilon of every RMSNorm."""
     fix_final_gain: bool = False
-    """Leave the final RMSNorm's gain as it starts (1), so that a hidden state has the length √D: a latent loss cannot be
+    """Leave the final RMSNorm's gain as it starts, 1: a hidden state has the length √D, and no latent loss can be
     lowered by making states small."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the normal initialisation of every matrix."""

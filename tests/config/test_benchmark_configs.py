@@ -37,7 +37,7 @@ def test_configs_of_a_folder_differ_in_name_and_objective_alone(folder):
 def test_configs_fit_the_data_that_they_name(folder):
     for file in folder.glob("*.yaml"):
         text, config = file.read_text(encoding="utf-8"), load_config(file)
-        command = re.search(r"--source task:(\S+) \\\n#     --out (\S+)\n", text)
+        command = re.search(r"--source '?task:([^\s']+)'? \\\n#     --out (\S+)\n", text)
         assert command and command[2] == config.data.path
         task = open_task(command[1])
         assert task.name in folder.parts

@@ -55,7 +55,7 @@ class AdaptiveLength:
 
         r = max over k of E(k) / C(k),
 
-    which for k ≥ 1 is corrected by what cycles with drafts have achieved.
+    which for k ≥ 1 is corrected by what cycles with drafts have achieved of what they were to achieve.
     Where that is k = 0 it decodes plainly, and no draft step runs: but for a trial now and then, ever more seldom,
     until what trials lose is LOSS of the time. Else a cycle with j drafts, which are still alive with chances s (one of
     each text), drafts on if for any m ≥ 1 the tokens to be hoped for are worth their time,
@@ -92,8 +92,9 @@ class AdaptiveLength:
         self._patience = self.SHORTEST_REST  # no more of them than this, which doubles with every trial in vain
         # What is expected of a cycle: see `_estimate`.
         self._estimated_for, self._best, self._rate = 0, 0, 0.0
-        self._achieved = [0.0, 0.0]  # tokens, seconds of the last cycles with drafts
+        self._achieved = [0.0, 0.0]  # tokens of the last cycles with drafts, and those that were expected of them
         self._acceptance: list[float] = []
+        self._expected: list[float] = []
         self._costs: list[float] = []
         # Of this cycle's drafts.
         self._bins: list[list[int]] = []  # position, text → bin of confidence
@@ -127,10 +128,10 @@ class AdaptiveLength:
         if self._cycles < len(self.FIRST):
             self._planned = min(self.FIRST[self._cycles], self._longest)
             return
+        if steps and self._estimated_for == self._texts:
+            self._compare(len(accepted) + sum(accepted), steps)
         if steps or self._texts != self._estimated_for:
             self._estimate()
-        if steps:
-            self._compare(len(accepted) + sum(accepted), steps)
         self._plan(len(accepted) + sum(accepted), sum(draft_seconds) + rest, steps)
 
     def _count(self, accepted: list[int], drafted: list[int]) -> None:
@@ -145,13 +146,15 @@ class AdaptiveLength:
                     counts[1] += 1
 
     def _estimate(self) -> None:
-        """a_i and C(k); the best k ≥ 1, and its tokens per second."""
+        """a_i, E(k) and C(k); the best k ≥ 1, and its tokens per second, corrected by what was achieved.
+
+        The product of the a_i says too much: later positions are seen in the cycles that go well.
+        """
         draft = self._draft_seconds.at(self._texts)
         verify, another = self._rest_seconds.line_beyond(self._texts)
         self._acceptance, self._costs = [], [self._rest_seconds.at(self._texts)]
-        if self._texts != self._estimated_for:
-            self._achieved, self._estimated_for = [0.0, 0.0], self._texts
-        self._best, self._rate = 0, 0.0
+        self._expected = [float(self._texts)]
+        self._estimated_for, self._best, self._rate = self._texts, 0, 0.0
         tokens = alive = float(self._texts)
         chance = self.HOPE
         for k, (stood, seen) in enumerate(self._by_position, start=1):
@@ -161,20 +164,19 @@ class AdaptiveLength:
             self._costs.append(k * draft + verify + another * self._texts * (1 + k))
             alive *= chance
             tokens += alive
+            self._expected.append(tokens)
             reached = self._by_position[max(k - 3, 0)][1] > 0.5  # no more than two beyond what was seen lately
             if reached and tokens > self._rate * self._costs[k]:
                 self._best, self._rate = k, tokens / self._costs[k]
 
-    def _compare(self, tokens: int, steps: int) -> None:
-        """Correct the rate by what cycles with drafts really gave, at their usual costs.
+        achieved, expected = self._achieved
+        trusted = self.TRUST * self._expected[self._best]
+        self._rate *= (achieved + trusted) / (expected + trusted)
 
-        The product of the a_i says too much: later positions are seen in the cycles that go well.
-        """
-        cost = self._costs[steps]
-        for i, new in enumerate((tokens, cost)):
+    def _compare(self, tokens: int, steps: int) -> None:
+        """Note what a cycle with drafts gave beside what was expected of it."""
+        for i, new in enumerate((tokens, self._expected[steps])):
             self._achieved[i] = self.ACHIEVED_FADING * self._achieved[i] + new
-        expected = self.TRUST * cost
-        self._rate = (self._achieved[0] + self._rate * expected) / (self._achieved[1] + expected)
 
     def _plan(self, tokens: int, seconds: float, steps: int) -> None:
         """Decide about the next cycle. The last one gave `tokens` in `seconds`, with `steps` draft steps."""
@@ -191,7 +193,7 @@ class AdaptiveLength:
             else:
                 self._rest -= 1
             self._planned = 0 if self._rest > 0 else self._best
-        if not self._rest_seconds.has(self._texts) or (explores and self._cycles // self.EXPLORE_EVERY % 4 == 0):
+        if not self._rest_seconds.has_about(self._texts) or (explores and self._cycles // self.EXPLORE_EVERY % 4 == 0):
             self._planned = 0  # to know what a plain cycle costs by now
 
     def _pays(self, drafted: int) -> bool:
@@ -230,9 +232,9 @@ class Seconds:
         # Of an even number the smaller one: what disturbs a measurement makes it longer, above all the first.
         self._medians[size] = sorted(kept)[(len(kept) - 1) // 2]
 
-    def has(self, size: int) -> bool:
-        """Was this size measured?"""
-        return size in self._medians
+    def has_about(self, size: int) -> bool:
+        """Was this size measured, or one that differs by a quarter at most?"""
+        return any(4 * abs(other - size) <= size for other in self._sizes)
 
     def at(self, size: int) -> float:
         """Seconds at this size, or at the nearest that was measured."""

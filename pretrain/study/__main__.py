@@ -42,7 +42,7 @@ def run_study(path: Path, runs: Path, out: Path, console: Console) -> Path:
     planned = plan_runs(study, path.stem, runs)
     prepare_data(study, console)
     for number, run in enumerate(planned, 1):
-        console.print(f"[bold]{number}/{len(planned)}[/] {run.folder}", highlight=False)
+        console.print(f"[bold]{number}/{len(planned)}[/] {run.folder}", highlight=False, soft_wrap=True)
         complete(study, run)
     return gather(study, planned, path, out)
 
@@ -59,7 +59,7 @@ def submit_study(path: Path, runs: Path, out: Path, console: Console, options: l
     if not missing:
         return gather(study, planned, path, out)
     for number in missing:
-        console.print(f"{number} {planned[number].folder}", highlight=False)
+        console.print(f"{number} {planned[number].folder}", highlight=False, soft_wrap=True)
     array = [f"--job-name=study_{path.stem}", f"--array={','.join(map(str, missing))}"]
     command = [ARRAY_SCRIPT, *array, *options, ARRAY_SCRIPT, str(path), "--runs", str(runs)]
     if not Path(ARRAY_SCRIPT).exists():

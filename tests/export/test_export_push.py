@@ -179,10 +179,10 @@ def test_s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, "x")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         fs = fsspec.filesystem("s3")
-        fs.mkdir("bucket")
-        quietly(folder, "s3://bucket/model")
-        assert quietly(folder, "s3://bucket/model") == 0
-        found = {path.removeprefix("bucket/model/"): fs.cat_file(path) for path in fs.find("bucket/model")}
+        fs.mkdir("exports")  # moto keeps the buckets of a process's other servers
+        quietly(folder, "s3://exports/model")
+        assert quietly(folder, "s3://exports/model") == 0
+        found = {path.removeprefix("exports/model/"): fs.cat_file(path) for path in fs.find("exports/model")}
         assert found == content(folder)
         with pytest.raises(UserError, match=r"--push-to s3://no-such-bucket/model: .*; .* is whole, and"):
             quietly(folder, "s3://no-such-bucket/model")

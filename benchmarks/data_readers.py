@@ -184,7 +184,10 @@ def mosaicml(work: Path, first: int) -> Batches:
     rows = StreamingDataset(local=str(folder), shuffle=True, batch_size=B)
     if first:
         rows.load_state_dict(rows.state_dict(first * B, from_beginning=True))
-    collate = lambda items: torch.from_numpy(np.stack([i["tokens"] for i in items]).astype(np.int64))  # noqa: E731
+
+    def collate(items: list[dict[str, Any]]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([item["tokens"] for item in items]).astype(np.int64))
+
     return iter(torch.utils.data.DataLoader(rows, batch_size=B, num_workers=0, collate_fn=collate))
 
 
@@ -322,12 +325,14 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=2.0)
     options = parser.parse_args()
-    special: dict[str, Callable[[], dict[str, float]]] = {
-        "far": lambda: {"first_ms": far_away(options.work)},
-        "preparation": lambda: preparation(options.work),
-    }
-    usual = lambda: measure(options.name, options.work, options.first, options.seconds)  # noqa: E731
-    print("\n" + json.dumps(special.get(options.name, usual)()), flush=True)
+    match options.name:
+        case "far":
+            result = {"first_ms": far_away(options.work)}
+        case "preparation":
+            result = preparation(options.work)
+        case reader:
+            result = measure(reader, options.work, options.first, options.seconds)
+    print("\n" + json.dumps(result), flush=True)
     os._exit(0)  # some peers' threads do not end by themselves
 
 

@@ -277,7 +277,7 @@ def check(
             "--suite lm_eval: name its tasks, as in lm_eval:sciq,piqa, or lm_eval:paper for the paper's nine"
         )
     try:
-        import lm_eval  # noqa: F401
+        import lm_eval  # noqa: F401  # only whether it can be imported
     except ImportError as error:
         raise UserError(
             f"--suite lm_eval: needs lm-evaluation-harness ({error}); pip install 'nextlat-pretrain[eval]'"

@@ -114,7 +114,7 @@ def pack_split(dataset: Dataset, split_name: str, sequence_length: int) -> dict[
     by_row = np.lexsort((begin, row))
     rows = np.searchsorted(row[by_row], np.arange(int(row.max()) + 2)).astype("<i8")
     pieces = np.stack([begin, tokens], -1)[by_row].astype("<i8")
-    folder = dataset.path / "packing" / f"{split_name}-{sequence_length}"
+    folder = _folder(dataset, split_name, sequence_length)
     repeated = int(tokens.sum()) - split.tokens
     space = (len(rows) - 1) * (sequence_length + 1)
     record = {
@@ -137,6 +137,19 @@ def pack_split(dataset: Dataset, split_name: str, sequence_length: int) -> dict[
     }
     write_json(folder / "packing.json", record)
     return record
+
+
+def is_packed(dataset: Dataset, split_name: str, sequence_length: int) -> bool:
+    """Whether `pack_split` has packed this very data for this sequence length; its files are not read."""
+    try:
+        record = json.loads((_folder(dataset, split_name, sequence_length) / "packing.json").read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return bool(record.get("fingerprint") == dataset.fingerprint)
+
+
+def _folder(dataset: Dataset, split_name: str, sequence_length: int) -> Path:
+    return dataset.path / "packing" / f"{split_name}-{sequence_length}"
 
 
 def _check_local(dataset: Dataset) -> None:
@@ -222,7 +235,7 @@ def _until_next(segments: Segments, size: int) -> Segments:
 def open_packed(dataset: Dataset, split_name: str, *, seed: int, sequence_length: int) -> PackedSamples:
     """The packing that `best_fit` recorded. Raises UserError if there is none, or it is not of this data."""
     _check_local(dataset)
-    folder = dataset.path / "packing" / f"{split_name}-{sequence_length}"
+    folder = _folder(dataset, split_name, sequence_length)
     command = f"python -m data_pipeline.best_fit {dataset.path} --sequence-length {sequence_length}"
     try:
         record = json.loads((folder / "packing.json").read_text(encoding="utf-8"))

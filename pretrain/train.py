@@ -312,4 +312,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    try:
+        run_command(main)
+    except SystemExit as end:
+        distributed.leave(end.code if isinstance(end.code, int) else 1)

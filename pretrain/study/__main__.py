@@ -21,7 +21,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data_pipeline import UserError, run_command
+from data_pipeline import UserError, open_dataset, run_command
+from data_pipeline.best_fit import is_packed, pack_split
 from data_pipeline.prepare import prepare
 from pretrain.config import dump_config
 from pretrain.faults import EXIT_STOPPED
@@ -40,7 +41,7 @@ def run_study(path: Path, runs: Path, out: Path, console: Console) -> Path:
     """
     study = read_study(path)
     planned = plan_runs(study, path.stem, runs)
-    prepare_data(study, console)
+    prepare_data(study, planned, console)
     for number, run in enumerate(planned, 1):
         console.print(f"[bold]{number}/{len(planned)}[/] {run.folder}", highlight=False, soft_wrap=True)
         complete(study, run)
@@ -54,7 +55,7 @@ def submit_study(path: Path, runs: Path, out: Path, console: Console, options: l
     """
     study = read_study(path)
     planned = plan_runs(study, path.stem, runs)
-    prepare_data(study, console)
+    prepare_data(study, planned, console)
     missing = [number for number, run in enumerate(planned) if not is_complete(study, run)]
     if not missing:
         return gather(study, planned, path, out)
@@ -69,10 +70,16 @@ def submit_study(path: Path, runs: Path, out: Path, console: Console, options: l
     return None
 
 
-def prepare_data(study: Study, console: Console) -> None:
-    """Make the study's data sets where they are missing."""
+def prepare_data(study: Study, planned: list[PlannedRun], console: Console) -> None:
+    """Make the study's data sets, and the packings that its configs read, where they are missing."""
     for source in study.data:
         prepare(source.source, None, source.out, console=console)
+    ours = {source.out for source in study.data}
+    packed = [run.config.data for run in planned if run.config.data.packing == "best_fit"]
+    for path, length in sorted({(data.path, data.sequence_length) for data in packed if data.path in ours}):
+        if not is_packed(dataset := open_dataset(Path(path)), "train", length):
+            record = pack_split(dataset, "train", length)
+            console.print(f"{path}: packed into {record['rows']:,} rows of {length} tokens", highlight=False)
 
 
 def complete(study: Study, run: PlannedRun) -> None:

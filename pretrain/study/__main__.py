@@ -73,7 +73,7 @@ def submit_study(path: Path, runs: Path, out: Path, console: Console, options: l
 def prepare_data(study: Study, planned: list[PlannedRun], console: Console) -> None:
     """Make the study's data sets, and the packings that its configs read, where they are missing."""
     for source in study.data:
-        prepare(source.source, None, source.out, console=console)
+        prepare(source.source, source.tokenizer, source.out, console=console)
     ours = {source.out for source in study.data}
     packed = [run.config.data for run in planned if run.config.data.packing == "best_fit"]
     for path, length in sorted({(data.path, data.sequence_length) for data in packed if data.path in ours}):

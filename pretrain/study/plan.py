@@ -21,6 +21,8 @@ class Source(Section):
     """A data set that is prepared where it is missing: the options of the same names of data_pipeline.prepare."""
 
     source: str
+    tokenizer: str | None = None
+    """None for a task, which has a vocabulary of its own."""
     out: str
 
 

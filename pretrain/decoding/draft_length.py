@@ -82,8 +82,8 @@ class AdaptiveLength:
 
     def __init__(self, longest: int = LONGEST) -> None:
         self._longest = longest
-        self._draft_seconds = Seconds()  # of a step, by texts
-        self._rest_seconds = Seconds()  # of a cycle, by tokens that it reads
+        self._draft_seconds = Seconds()  # of a step
+        self._rest_seconds = Seconds()  # of a cycle
         self._by_position = [[0.0, 0.0] for _ in range(longest)]  # accepted, seen
         self._by_confidence = [[0.0, 0.0] for _ in range(self.BINS)]
         self._cycles, self._texts = 0, 1
@@ -120,9 +120,9 @@ class AdaptiveLength:
         """See `DraftLength`."""
         self._cycles += 1
         self._texts, steps = len(accepted), len(draft_seconds)
-        self._rest_seconds.add(self._texts * (1 + steps), rest)
+        self._rest_seconds.add(self._texts, steps, rest)
         for seconds in draft_seconds:
-            self._draft_seconds.add(self._texts, seconds)
+            self._draft_seconds.add(self._texts, 0, seconds)
         if steps:
             self._count(accepted, drafted)
         if self._cycles < len(self.FIRST):
@@ -151,7 +151,7 @@ class AdaptiveLength:
         The product of the a_i says too much: later positions are seen in the cycles that go well.
         """
         draft = self._draft_seconds.at(self._texts)
-        verify, another = self._rest_seconds.line_beyond(self._texts)
+        verify, another = self._rest_seconds.line(self._texts)
         self._acceptance, self._costs = [], [self._rest_seconds.at(self._texts)]
         self._expected = [float(self._texts)]
         self._estimated_for, self._best, self._rate = self._texts, 0, 0.0
@@ -213,47 +213,44 @@ class AdaptiveLength:
 
 
 class Seconds:
-    """What something costs, by its size: medians of the last measurements at each."""
+    """What something costs, by how many texts it is done for and the drafts of each: medians of the last times."""
 
     KEPT = 9
+    OTHERS = 0.02  # what a measurement with another number of texts is worth
 
     def __init__(self) -> None:
-        self._measured: dict[int, deque[float]] = {}
-        self._medians: dict[int, float] = {}
-        self._sizes: list[int] = []
+        self._measured: dict[tuple[int, int], deque[float]] = {}
+        self._medians: dict[tuple[int, int], float] = {}
 
-    def add(self, size: int, seconds: float) -> None:
+    def add(self, texts: int, drafts: int, seconds: float) -> None:
         """One measurement."""
-        if size not in self._measured:
-            self._measured[size] = deque(maxlen=self.KEPT)
-            self._sizes = sorted(self._measured)
-        kept = self._measured[size]
+        kept = self._measured.setdefault((texts, drafts), deque(maxlen=self.KEPT))
         kept.append(seconds)
         # Of an even number the smaller one: what disturbs a measurement makes it longer, above all the first.
-        self._medians[size] = sorted(kept)[(len(kept) - 1) // 2]
+        self._medians[texts, drafts] = sorted(kept)[(len(kept) - 1) // 2]
 
-    def has_about(self, size: int) -> bool:
-        """Was this size measured, or one that differs by a quarter at most?"""
-        return any(4 * abs(other - size) <= size for other in self._sizes)
+    def has_about(self, texts: int) -> bool:
+        """Was this number of texts measured without drafts, or one that differs by a quarter at most?"""
+        return any(not drafts and 4 * abs(other - texts) <= texts for other, drafts in self._medians)
 
-    def at(self, size: int) -> float:
-        """Seconds at this size, or at the nearest that was measured."""
-        nearest = size if size in self._medians else min(self._sizes, key=lambda other: abs(other - size))
-        return self._medians[nearest]
+    def at(self, texts: int) -> float:
+        """Seconds for so many texts without drafts, or for the nearest number that was measured."""
+        plain = [other for other, drafts in self._medians if not drafts]
+        return self._medians[min(plain, key=lambda other: abs(other - texts)), 0]
 
-    def line_beyond(self, size: int) -> tuple[float, float]:
-        """Start and slope of the line that fits best what was measured at larger sizes.
+    def line(self, texts: int) -> tuple[float, float]:
+        """Start and slope, by tokens read, of the line that fits best what cycles with drafts cost.
 
-        Sizes up to this one count for little: the first step up is often the steepest, and their place is not on the
-        line; but they give it a direction where only one larger size was measured.
+        What was measured with other numbers of texts counts for little, and so do cycles without drafts: the first step
+        up is often the steepest. But they give the line a direction where only one length was measured.
         """
         n = x = y = xx = xy = 0.0
-        for other in self._sizes:
-            seconds = self._medians[other]
+        for (other, drafts), seconds in self._medians.items():
+            worth = self.OTHERS if other != texts else 1.0 if drafts else 0.25
             # Noise grows with what is measured.
-            weight = (len(self._measured[other]) if other > size else 0.25) / seconds**2
-            n, x, y = n + weight, x + weight * other, y + weight * seconds
-            xx, xy = xx + weight * other * other, xy + weight * other * seconds
+            weight, tokens = worth * len(self._measured[other, drafts]) / seconds**2, other * (1 + drafts)
+            n, x, y = n + weight, x + weight * tokens, y + weight * seconds
+            xx, xy = xx + weight * tokens * tokens, xy + weight * tokens * seconds
         spread = n * xx - x * x
         slope = max((n * xy - x * y) / spread, 0.0) if spread else 0.0
         return (y - slope * x) / n, slope

@@ -142,13 +142,24 @@ def test_a_text_that_leaves_does_not_make_drafts_look_better():
 def test_one_slow_measurement_changes_nothing():
     seconds = Seconds()
     for value in (9.0, 1.0, 1.1):
-        seconds.add(8, value)
+        seconds.add(8, 0, value)
     assert seconds.at(8) == 1.1 and seconds.has_about(7) and not seconds.has_about(6)
-    seconds.add(8, 1.0)
+    seconds.add(8, 0, 1.0)
     assert seconds.at(8) == 1.0
-    seconds.add(24, 3.0)
-    assert seconds.at(20) == 3.0
-    start, slope = seconds.line_beyond(8)
+    seconds.add(8, 2, 3.0)
+    assert seconds.at(8) == seconds.at(20) == 1.0 and not seconds.has_about(24)
+    start, slope = seconds.line(8)
     assert start + 24 * slope == pytest.approx(3.0) and slope == pytest.approx(2 / 16)
-    seconds.add(40, 2.0)
-    assert seconds.line_beyond(8)[1] >= 0.0
+    seconds.add(8, 4, 2.0)
+    assert seconds.line(8)[1] >= 0.0
+
+
+def test_what_few_texts_cost_says_little_of_many():
+    """Without a cache three texts with thirteen drafts each take half the time of eight with five."""
+    seconds = Seconds()
+    for drafts, cost in ((0, 24.0), (5, 25.0), (7, 25.4)):
+        seconds.add(8, drafts, cost)
+    seconds.add(3, 13, 14.0)
+    start, slope = seconds.line(8)
+    assert start + 8 * 6 * slope == pytest.approx(25.0, rel=0.02)
+    assert start + 8 * 12 * slope == pytest.approx(26.4, rel=0.05)

@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import run_command
-
 VARIABLE = "KILL_PLAN"
 
 
@@ -95,4 +93,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    from pretrain.distributed import run_and_leave
+
+    run_and_leave(main)

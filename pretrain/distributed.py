@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline import UserError
+from data_pipeline import UserError, run_command
 
 T = TypeVar("T")
 
@@ -146,6 +146,14 @@ def barrier() -> None:
     """Wait for all ranks; nothing without a process group."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def run_and_leave(main: Callable[[list[str] | None], None]) -> NoReturn:
+    """`data_pipeline.run_command` for a rank: see `leave`."""
+    try:
+        run_command(main)
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else 1)
 
 
 def leave(code: int) -> NoReturn:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline import Batch, Stream, UserError, run_command
+from data_pipeline import Batch, Stream, UserError
 from pretrain import checkpoints, distributed
 from pretrain.checkpoints import Saver, TrainState
 from pretrain.config import Config, dump_config, load_config
@@ -312,7 +312,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        run_command(main)
-    except SystemExit as end:
-        distributed.leave(end.code if isinstance(end.code, int) else 1)
+    distributed.run_and_leave(main)

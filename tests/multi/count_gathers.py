@@ -9,6 +9,7 @@ from deepspeed import DeepSpeedEngine
 
 from pretrain import distributed
 from pretrain.config import load_config
+from pretrain.distributed import leave
 from pretrain.engine import build_engine
 from pretrain.objectives import TokenBatch
 from pretrain.run_data import open_data
@@ -44,3 +45,4 @@ if __name__ == "__main__":
     if ranks.is_first:
         print("gathers", json.dumps(found), flush=True)
     dist.destroy_process_group()
+    leave(0)

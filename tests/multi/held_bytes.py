@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from pretrain import distributed
 from pretrain.config import load_config
+from pretrain.distributed import leave
 from pretrain.engine import build_engine
 from pretrain.objectives import TokenBatch
 
@@ -29,3 +30,4 @@ if __name__ == "__main__":
     if ranks.is_first:
         print("HELD " + json.dumps(held))
     dist.destroy_process_group()
+    leave(0)

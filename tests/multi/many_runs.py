@@ -5,6 +5,7 @@ import sys
 import torch.distributed as dist
 
 from pretrain.config import load_config
+from pretrain.distributed import leave
 from pretrain.train import train
 
 if __name__ == "__main__":
@@ -12,3 +13,4 @@ if __name__ == "__main__":
         config, _, overrides = path.partition("|")
         train(load_config(config, overrides.split("|") if overrides else []))
     dist.destroy_process_group()
+    leave(0)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from data_pipeline import UserError
 from pretrain import train
 from pretrain.config import load_config
-from pretrain.distributed import first_to_say
+from pretrain.distributed import first_to_say, leave
 from pretrain.model import PretrainingModel
 
 plan: dict[str, Any] = {}
@@ -77,3 +77,4 @@ if __name__ == "__main__":
             (config.run.folder / f"error_{dist.get_rank()}").write_text(str(error))
             (config.run.folder / f"said_{dist.get_rank()}").write_text(str(said))
     dist.destroy_process_group()
+    leave(0)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from pretrain import train
 from pretrain.config import load_config
+from pretrain.distributed import leave
 
 
 def signalling(function):
@@ -43,3 +44,4 @@ if __name__ == "__main__":
         if original:
             setattr(train, name, original)
     dist.destroy_process_group()
+    leave(0)

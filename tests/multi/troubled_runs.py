@@ -22,6 +22,7 @@ from data_pipeline import UserError
 from pretrain.checkpoints import files, saving
 from pretrain.checkpoints.manifest import MANIFEST, flush_and_hash, write_manifest
 from pretrain.config import Config, load_config
+from pretrain.distributed import leave
 from pretrain.train import train
 
 Trouble = Callable[[Config], AbstractContextManager[Any]]
@@ -94,3 +95,4 @@ if __name__ == "__main__":
             sys.stdout.write(f"rank {os.environ['RANK']} error: {error}\n")  # print would write its newline apart
             sys.stdout.flush()
     dist.destroy_process_group()
+    leave(0)

@@ -57,10 +57,8 @@ class AdaptiveLength:
 
     which for k ≥ 1 is corrected by what cycles with drafts have achieved of what they were to achieve.
     Where that is k = 0 it decodes plainly, and no draft step runs: but for a trial now and then, ever more seldom,
-    until what trials lose is LOSS of the time; one that gains is followed by another. Where it is not, a cycle without
-    drafts now and then tells what is missed, the more often the nearer the two are, for LOOKS of the time. Else a
-    cycle with j drafts, which are still alive with chances s (one of each text), drafts on if for any m ≥ 1 the tokens
-    to be hoped for are worth their time,
+    until what trials lose is LOSS of the time. Else a cycle with j drafts, which are still alive with chances s (one of
+    each text), drafts on if for any m ≥ 1 the tokens to be hoped for are worth their time,
 
         Σ s · (a_{j+1} + … + a_{j+1} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
 
@@ -74,11 +72,9 @@ class AdaptiveLength:
 
     LONGEST = 16
     FIRST = (0, 0, 3)  # lengths of the first cycles, to learn the costs
-    LOSS = 0.01  # of the time, by trials where plain decoding is faster
-    LOOKS = 0.003  # and by plain cycles where drafting is
+    LOSS = 0.01
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
-    EXPLORE_EVERY = 32  # cycles, one drafts two tokens more than the last
-    FEWEST, MOST = 4, 128  # cycles with drafts between two without
+    EXPLORE_EVERY = 32  # cycles, one drafts two tokens more than the last, every fourth of those none
     FADING = 0.95  # of counts, in a cycle that drafts: what was given up is tried again some time
     ACHIEVED_FADING, TRUST = 0.9, 12.0  # of r as achieved; how many cycles the expected r is worth
     BINS = 10
@@ -92,7 +88,6 @@ class AdaptiveLength:
         self._by_confidence = [[0.0, 0.0] for _ in range(self.BINS)]
         self._cycles, self._texts = 0, 1
         self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
-        self._drafting = 0  # cycles with drafts since the last without
         self._rest = 0  # plain cycles until the next trial
         self._patience = self.SHORTEST_REST  # no more of them than this, which doubles with every trial in vain
         # What is expected of a cycle: see `_estimate`.
@@ -185,28 +180,21 @@ class AdaptiveLength:
 
     def _plan(self, tokens: int, seconds: float, steps: int) -> None:
         """Decide about the next cycle. The last one gave `tokens` in `seconds`, with `steps` draft steps."""
+        explores = self._cycles % self.EXPLORE_EVERY == 0
         plain_seconds = self._rest_seconds.at(self._texts)
-        self._drafting = self._drafting + 1 if steps else 0
         if self._rate * plain_seconds > self._texts:
-            self._patience = self.SHORTEST_REST
-            explores = self._cycles % self.EXPLORE_EVERY == 0
             self._planned = min(steps + 2, self._longest) if explores else None
-            # The nearer the two are, the less it costs to look, and the more it matters.
-            lost = plain_seconds - self._texts / self._rate
-            if self._drafting >= min(max(lost / (self.LOOKS * self._costs[self._best]), self.FEWEST), self.MOST):
-                self._planned = 0
+            self._patience = self.SHORTEST_REST
         else:
-            lost = seconds - tokens / self._texts * plain_seconds
-            if not steps:
-                self._rest -= 1
-            elif lost <= 0:
-                self._rest = 0  # a text may have begun that is easier: look again at once
-            else:
+            if steps:
+                lost = seconds - tokens / self._texts * plain_seconds
                 self._rest = max(min(int(lost / (self.LOSS * plain_seconds)), self._patience), self.SHORTEST_REST)
                 self._patience = min(2 * self._patience, self.LONGEST_REST)
-            self._planned = 0 if self._rest > 0 else None
-        if not self._rest_seconds.has_about(self._texts):
-            self._planned = 0  # to know what it costs
+            else:
+                self._rest -= 1
+            self._planned = 0 if self._rest > 0 else self._best
+        if not self._rest_seconds.has_about(self._texts) or (explores and self._cycles // self.EXPLORE_EVERY % 4 == 0):
+            self._planned = 0  # to know what a plain cycle costs by now
 
     def _pays(self, drafted: int) -> bool:
         """Are more drafts worth their time?"""

@@ -98,21 +98,6 @@ def test_tries_again_after_giving_up():
     assert mean_late(lengths) > 4
 
 
-def test_a_trial_that_gains_is_followed_by_another_at_once():
-    """A hard text turned drafting off; the next one is easy, and every draft of it stands."""
-    _, rule = run(lambda _: 0.1, 300, draft_seconds=0.3, verify=step_up)
-    lengths, _ = run(lambda _: 1.0, 300, draft_seconds=0.3, verify=step_up, rule=rule)
-    first = next(number for number, length in enumerate(lengths) if length)
-    assert lengths[first : first + 16].count(0) <= 1  # plain decoding is timed once
-    assert mean_late(lengths[: first + 80]) > 8
-
-
-def test_plain_decoding_is_timed_often_where_it_is_nearly_as_fast():
-    near, _ = run(lambda _: 0.67, 400, 0.1, step_up)
-    far, _ = run(lambda _: 0.95, 400, 0.05, flat)
-    assert mean_late(near) > 1 and 400 / 128 - 1 <= far.count(0) < 20 < near.count(0)
-
-
 def test_stops_where_a_position_is_never_accepted():
     lengths, _ = run(lambda position: 0.95 if position < 3 else 0.0, 400, draft_seconds=0.1)
     assert 2.5 <= mean_late(lengths) <= 4
@@ -149,7 +134,7 @@ def test_a_smaller_batch_is_decided_about_anew():
 def test_a_text_that_leaves_does_not_make_drafts_look_better():
     """Eight texts give more tokens a second than seven; both rates must be of as many."""
     lengths, rule = run(lambda _: 0.6, 400, 0.65, flat, texts=8)
-    assert 0 < sum(lengths[-100:]) < 20 and not lengths[-1]  # trials, between which it rests
+    assert 0 < sum(lengths[-10:]) < 3  # a trial, and then it rests
     fewer, _ = run(lambda _: 0.6, 8, 0.65, flat, rule=rule, texts=7)
     assert fewer == [0] * 8
 

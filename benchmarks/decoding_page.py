@@ -45,11 +45,11 @@ def head(export: Export, arguments: argparse.Namespace) -> list[str]:
         f"    # {datetime.date.today()}, {where}, torch {torch.__version__}, {str(export.model.dtype)[6:]}",
         "",
         f"The trained model: {model.num_hidden_layers} layers, width {model.hidden_size}, V = {model.vocab_size:,}, "
-        f"p_ψ's inner width {export.dynamics.input.out_features if export.dynamics else 0}. Its prompts: 8 texts of "
-        f"code and 8 of prose (docstrings) from validation documents, {arguments.tokens} new tokens, half as "
-        "many without a cache. The other trunk has GPT-2's size (12 layers, width 768, V = 50,257; p_ψ 2,448) and "
-        "random weights: its draft steps are computed in full, and then draft the right token as often as the trained "
-        "model's did at that position, on code. So its times are measured, its acceptance is set.",
+        f"p_ψ's inner width {export.dynamics.input.out_features if export.dynamics else 0}. Its prompts are of code "
+        f"and prose (docstrings) from validation documents, 8 a round (4 in the slowest rows), {arguments.tokens} new "
+        "tokens, half as many without a cache. The other trunk has GPT-2's size (12 layers, width 768, V = 50,257; p_ψ "
+        "2,448) and random weights: its draft steps are computed in full, and then draft the right token as often as "
+        "the trained model's did at that position, on code. So its times are measured, its acceptance is set.",
         "",
     ]
 
@@ -59,11 +59,11 @@ def speeds(rows: list[Row]) -> list[str]:
     lines = [
         "## Speed over plain decoding",
         "",
-        f"Medians of rounds ({len(rows[0].rounds[0])}), each of which decodes the same prompts in every way. **Best**: "
+        f"Medians of rounds ({len(rows[0].rounds[0])}), each of which decodes texts of its own in every way. **Best**: "
         "the fastest fixed length, none (1.00) included, known only afterwards. **auto ÷ best**: against the length "
-        "that was fastest in the other rounds, as the fastest of a round's own is so by luck too; in brackets the "
-        "rounds' smallest and largest. Rows without a cache, batch 1, greedy, are the paper's definition of speed-up, "
-        "where its draft length is our k + 1; rows with one are what a user feels.",
+        "that was fastest for the other rounds' texts, as the fastest for a round's own is so by luck too; in brackets "
+        "the rounds' smallest and largest. Rows without a cache, batch 1, greedy, are the paper's definition of "
+        "speed-up, where its draft length is our k + 1; rows with one are what a user feels.",
         "",
         f"| trunk | text | T | cache | batch | tokens/s | {' | '.join(map(str, LENGTHS))} | auto | auto ÷ best |",
         "|" + "---|" * (8 + len(LENGTHS)),

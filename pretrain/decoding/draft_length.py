@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from typing import Protocol
 
@@ -57,8 +58,9 @@ class AdaptiveLength:
 
     which for k ≥ 1 is corrected by what cycles with drafts have achieved of what they were to achieve.
     Where that is k = 0 it decodes plainly, and no draft step runs: but for a trial now and then, ever more seldom,
-    until what trials lose is LOSS of the time. Else a cycle with j drafts, which are still alive with chances s (one of
-    each text), drafts on if for any m ≥ 1 the tokens to be hoped for are worth their time,
+    until what trials lose is LOSS of the time. A trial that gains is followed at once by one twice as long. Else a
+    cycle with j drafts, which are still alive with chances s (one of each text), drafts on if for any m ≥ 1 the tokens
+    to be hoped for are worth their time,
 
         Σ s · (a_{j+1} + … + a_{j+1} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
 
@@ -75,6 +77,7 @@ class AdaptiveLength:
     LOSS = 0.01
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
     EXPLORE_EVERY = 32  # cycles, one drafts two tokens more than the last, every fourth of those none
+    ESTIMATE_EVERY = 4  # cycles: a small model's take less than a millisecond
     FADING = 0.95  # of counts, in a cycle that drafts: what was given up is tried again some time
     ACHIEVED_FADING, TRUST = 0.9, 12.0  # of r as achieved; how many cycles the expected r is worth
     BINS = 10
@@ -130,7 +133,8 @@ class AdaptiveLength:
             return
         if steps and self._estimated_for == self._texts:
             self._compare(len(accepted) + sum(accepted), steps)
-        if steps or self._texts != self._estimated_for:
+        trial = steps and self._planned is not None
+        if trial or self._texts != self._estimated_for or self._cycles % self.ESTIMATE_EVERY == 0:
             self._estimate()
         self._plan(len(accepted) + sum(accepted), sum(draft_seconds) + rest, steps)
 
@@ -151,7 +155,7 @@ class AdaptiveLength:
         The product of the a_i says too much: later positions are seen in the cycles that go well.
         """
         draft = self._draft_seconds.at(self._texts)
-        verify, another = self._rest_seconds.line(self._texts)
+        verify, another = self._rest_seconds.with_drafts(self._texts)
         self._acceptance, self._costs = [], [self._rest_seconds.at(self._texts)]
         self._expected = [float(self._texts)]
         self._estimated_for, self._best, self._rate = self._texts, 0, 0.0
@@ -161,7 +165,7 @@ class AdaptiveLength:
             # Of a position never seen it is the chance of the one before.
             chance = (stood + chance * self.WEIGHT) / (seen + self.WEIGHT)
             self._acceptance.append(chance)
-            self._costs.append(k * draft + verify + another * self._texts * (1 + k))
+            self._costs.append(k * draft + verify + another * k)
             alive *= chance
             tokens += alive
             self._expected.append(tokens)
@@ -190,9 +194,11 @@ class AdaptiveLength:
                 lost = seconds - tokens / self._texts * plain_seconds
                 self._rest = max(min(int(lost / (self.LOSS * plain_seconds)), self._patience), self.SHORTEST_REST)
                 self._patience = min(2 * self._patience, self.LONGEST_REST)
+                if lost < 0:  # an easier text may have begun
+                    self._rest, self._patience = 0, self.SHORTEST_REST
             else:
                 self._rest -= 1
-            self._planned = 0 if self._rest > 0 else self._best
+            self._planned = 0 if self._rest > 0 else min(2 * steps, self._longest) or self._best
         if not self._rest_seconds.has_about(self._texts) or (explores and self._cycles // self.EXPLORE_EVERY % 4 == 0):
             self._planned = 0  # to know what a plain cycle costs by now
 
@@ -216,7 +222,7 @@ class Seconds:
     """What something costs, by how many texts it is done for and the drafts of each: medians of the last times."""
 
     KEPT = 9
-    OTHERS = 0.02  # what a measurement with another number of texts is worth
+    OTHERS = 0.1  # what a measurement with another number of texts is worth
 
     def __init__(self) -> None:
         self._measured: dict[tuple[int, int], deque[float]] = {}
@@ -230,27 +236,33 @@ class Seconds:
         self._medians[texts, drafts] = sorted(kept)[(len(kept) - 1) // 2]
 
     def has_about(self, texts: int) -> bool:
-        """Was this number of texts measured without drafts, or one that differs by a quarter at most?"""
-        return any(not drafts and 4 * abs(other - texts) <= texts for other, drafts in self._medians)
+        """Was this number of texts measured without drafts, or one less than twice or more than half of it?"""
+        return any(not drafts and texts < 2 * other < 4 * texts for other, drafts in self._medians)
 
     def at(self, texts: int) -> float:
-        """Seconds for so many texts without drafts, or for the nearest number that was measured."""
-        plain = [other for other, drafts in self._medians if not drafts]
-        return self._medians[min(plain, key=lambda other: abs(other - texts)), 0]
+        """Seconds for so many texts without drafts, on the line between measured numbers, or the nearest."""
+        plain = sorted(other for other, drafts in self._medians if not drafts)
+        above = min(bisect_left(plain, texts), len(plain) - 1)
+        below = above if plain[above] <= texts else max(above - 1, 0)
+        low, high = self._medians[plain[below], 0], self._medians[plain[above], 0]
+        share = (texts - plain[below]) / (plain[above] - plain[below]) if above > below else 0.0
+        return low + share * (high - low)
 
-    def line(self, texts: int) -> tuple[float, float]:
-        """Start and slope, by tokens read, of the line that fits best what cycles with drafts cost.
+    def with_drafts(self, texts: int) -> tuple[float, float]:
+        """Seconds of a cycle with drafts: start and slope, by drafts of each text, of the line that fits best.
 
-        What was measured with other numbers of texts counts for little, and so do cycles without drafts: the first step
-        up is often the steepest. But they give the line a direction where only one length was measured.
+        Its points are multiples of what as many texts cost without drafts, so that those of other numbers of texts are
+        of use too. Cycles without drafts count for little: the first step up is often the steepest. But they give the
+        line a direction where only one length was measured.
         """
         n = x = y = xx = xy = 0.0
         for (other, drafts), seconds in self._medians.items():
-            worth = self.OTHERS if other != texts else 1.0 if drafts else 0.25
-            # Noise grows with what is measured.
-            weight, tokens = worth * len(self._measured[other, drafts]) / seconds**2, other * (1 + drafts)
-            n, x, y = n + weight, x + weight * tokens, y + weight * seconds
-            xx, xy = xx + weight * tokens * tokens, xy + weight * tokens * seconds
+            multiple = seconds / self.at(other)
+            worth = (1.0 if other == texts else self.OTHERS) * (1.0 if drafts else 0.25)
+            weight = worth * len(self._measured[other, drafts]) / multiple**2  # noise grows with what is measured
+            n, x, y = n + weight, x + weight * drafts, y + weight * multiple
+            xx, xy = xx + weight * drafts**2, xy + weight * drafts * multiple
         spread = n * xx - x * x
-        slope = max((n * xy - x * y) / spread, 0.0) if spread else 0.0
-        return (y - slope * x) / n, slope
+        slope = max((n * xy - x * y) / spread, 0.0) if spread > 0.0 else 0.0
+        plain = self.at(texts)
+        return plain * (y - slope * x) / n, plain * slope

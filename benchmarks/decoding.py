@@ -246,7 +246,10 @@ def run(export: Export, prompts: dict[str, list[list[int]]], arguments: argparse
         )
         for domain in prompts
     ]
-    simulated = [Row("GPT-2 size", "simulated", batch, True, 0.0, tokens // 3) for batch in (1, 8)]
+    simulated = [
+        Row("GPT-2 size", "simulated", batch, cached, 0.0, max(tokens // (3 if cached else 6), 4))
+        for cached, batch in ((True, 1), (True, 8), (False, 1), (False, 8))
+    ]
     with Progress(console=Console(stderr=True)) as progress:
 
         def follow(row: Row, model: Any, step: DraftStep, texts: int) -> None:

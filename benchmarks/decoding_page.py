@@ -23,7 +23,7 @@ LENGTHS = tuple(range(1, 11))
 def write_page(rows: list[Row], export: Export, arguments: argparse.Namespace, out: Path | None) -> None:
     """Print the results as Markdown; write them to `out`, and a picture into the folder of its name."""
     picture = "decoding/acceptance.png"
-    text = "\n".join([*head(export, arguments), *speeds(rows), *acceptance(rows, picture), *costs(rows)]) + "\n"
+    text = "\n".join([*head(rows, export, arguments), *speeds(rows), *acceptance(rows, picture), *costs(rows)]) + "\n"
     print(text)
     if out:
         target = out.parent / picture
@@ -32,7 +32,7 @@ def write_page(rows: list[Row], export: Export, arguments: argparse.Namespace, o
         out.write_text(text, encoding="utf-8")
 
 
-def head(export: Export, arguments: argparse.Namespace) -> list[str]:
+def head(rows: list[Row], export: Export, arguments: argparse.Namespace) -> list[str]:
     """What was run, where and when."""
     model = export.model.config
     on_gpu = export.model.device.type == "cuda"
@@ -48,8 +48,9 @@ def head(export: Export, arguments: argparse.Namespace) -> list[str]:
         f"p_ψ's inner width {export.dynamics.input.out_features if export.dynamics else 0}. Its prompts are of code "
         f"and prose (docstrings) from validation documents, 8 a round (4 in the slowest rows), {arguments.tokens} new "
         "tokens, half as many without a cache. The other trunk has GPT-2's size (12 layers, width 768, V = 50,257; p_ψ "
-        "2,448) and random weights: its draft steps are computed in full, and then draft the right token as often as "
-        "the trained model's did at that position, on code. So its times are measured, its acceptance is set.",
+        f"2,448) and random weights, {rows[-3].tokens} new tokens ({rows[-1].tokens} without a cache): its "
+        "draft steps are computed in full, and then draft the right token as often as the trained model's did at that "
+        "position, on code. So its times are measured, its acceptance is set.",
         "",
     ]
 

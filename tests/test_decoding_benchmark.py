@@ -51,7 +51,7 @@ def test_writes_a_page_of_every_way_with_costs_and_a_picture(folder, tmp_path, c
     speeds = [row for row in rows if len(row) == 18 and row[0] != "trunk"]
     kinds = [("yes", 1, 0), ("yes", 8, 0), ("yes", 1, 1), ("no", 1, 0), ("no", 8, 0)]
     expected = [["trained", text, str(t), cached, str(b)] for cached, b, t in kinds for text in ("code", "prose")]
-    expected += [["GPT-2 size", "simulated", "0", "yes", batch] for batch in ("1", "8")]
+    expected += [["GPT-2 size", "simulated", "0", cached, batch] for cached in ("yes", "no") for batch in ("1", "8")]
     assert [row[:5] for row in speeds] == expected
     for row in speeds:
         fixed, auto = [float(cell.strip("*")) for cell in row[6:16]], float(row[16])

@@ -58,9 +58,9 @@ class AdaptiveLength:
 
     which for k ≥ 1 is corrected by what cycles with drafts have achieved of what they were to achieve.
     Where that is k = 0 it decodes plainly, and no draft step runs: but for a trial now and then, ever more seldom,
-    until what trials lose is LOSS of the time. A trial that gains is followed at once by one twice as long. Else a
-    cycle with j drafts, which are still alive with chances s (one of each text), drafts on if for any m ≥ 1 the tokens
-    to be hoped for are worth their time,
+    until what trials lose is LOSS of the time. A trial that gains is followed at once by one twice as long. Else it
+    looks at plain decoding now and then, for as little of the time, and a cycle with j drafts, which are still alive
+    with chances s (one of each text), drafts on if for any m ≥ 1 the tokens to be hoped for are worth their time,
 
         Σ s · (a_{j+1} + … + a_{j+1} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
 
@@ -73,10 +73,13 @@ class AdaptiveLength:
     """
 
     LONGEST = 16
-    FIRST = (0, 0, 3)  # lengths of the first cycles, to learn the costs
-    LOSS = 0.01
+    FIRST = (0, 0, 0, 3)  # lengths of the first cycles, to learn the costs
+    LOSS = 0.01  # of the time, by trials of drafts where they do not pay, and by looks at plain decoding where they do
+    LOOK, COLD = 8, 4  # plain cycles in a row to see what one costs; the first ones find cold caches, and do not count
+    NEAR = 1.6  # speed-up over a cold plain cycle, below which a warm one must be known
+    SHORTEST_WORK = 64  # cycles with drafts between two looks
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
-    EXPLORE_EVERY = 32  # cycles, one drafts two tokens more than the last, every fourth of those none
+    EXPLORE_EVERY = 32  # cycles, one drafts two tokens more than the last
     ESTIMATE_EVERY = 4  # cycles: a small model's take less than a millisecond
     FADING = 0.95  # of counts, in a cycle that drafts: what was given up is tried again some time
     ACHIEVED_FADING, TRUST = 0.9, 12.0  # of r as achieved; how many cycles the expected r is worth
@@ -91,6 +94,8 @@ class AdaptiveLength:
         self._by_confidence = [[0.0, 0.0] for _ in range(self.BINS)]
         self._cycles, self._texts = 0, 1
         self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
+        self._plain_run = self._work = 0  # cycles without drafts in a row, and with
+        self._look = 0  # plain cycles to come, whatever pays
         self._rest = 0  # plain cycles until the next trial
         self._patience = self.SHORTEST_REST  # no more of them than this, which doubles with every trial in vain
         # What is expected of a cycle: see `_estimate`.
@@ -123,7 +128,10 @@ class AdaptiveLength:
         """See `DraftLength`."""
         self._cycles += 1
         self._texts, steps = len(accepted), len(draft_seconds)
-        self._rest_seconds.add(self._texts, steps, rest)
+        self._plain_run, self._work = (0, self._work + 1) if steps else (self._plain_run + 1, 0)
+        begins = self._cycles <= len(self.FIRST) or not self._rest_seconds.has_about(self._texts)
+        if steps or begins or self._plain_run > self.COLD:
+            self._rest_seconds.add(self._texts, steps, rest)
         for seconds in draft_seconds:
             self._draft_seconds.add(self._texts, 0, seconds)
         if steps:
@@ -184,11 +192,14 @@ class AdaptiveLength:
 
     def _plan(self, tokens: int, seconds: float, steps: int) -> None:
         """Decide about the next cycle. The last one gave `tokens` in `seconds`, with `steps` draft steps."""
-        explores = self._cycles % self.EXPLORE_EVERY == 0
         plain_seconds = self._rest_seconds.at(self._texts)
         if self._rate * plain_seconds > self._texts:
+            explores = self._cycles % self.EXPLORE_EVERY == 0
             self._planned = min(steps + 2, self._longest) if explores else None
             self._patience = self.SHORTEST_REST
+            lost = self.LOOK * (plain_seconds - self._texts / self._rate) / self._costs[self._best]
+            if self._work >= max(lost / self.LOSS, self.SHORTEST_WORK):
+                self._look = self.LOOK
         else:
             if steps:
                 lost = seconds - tokens / self._texts * plain_seconds
@@ -199,8 +210,12 @@ class AdaptiveLength:
             else:
                 self._rest -= 1
             self._planned = 0 if self._rest > 0 else min(2 * steps, self._longest) or self._best
-        if not self._rest_seconds.has_about(self._texts) or (explores and self._cycles // self.EXPLORE_EVERY % 4 == 0):
-            self._planned = 0  # to know what a plain cycle costs by now
+        if not self._rest_seconds.has_about(self._texts):
+            self._look = 1
+        elif not self._look and self._rate * plain_seconds < self.NEAR * self._texts:
+            self._look = 0 if self._rest_seconds.has_about(self._texts, self.LOOK - self.COLD) else self.LOOK
+        if self._look:
+            self._look, self._planned = self._look - 1, 0
 
     def _pays(self, drafted: int) -> bool:
         """Are more drafts worth their time?"""
@@ -235,9 +250,12 @@ class Seconds:
         # Of an even number the smaller one: what disturbs a measurement makes it longer, above all the first.
         self._medians[texts, drafts] = sorted(kept)[(len(kept) - 1) // 2]
 
-    def has_about(self, texts: int) -> bool:
-        """Was this number of texts measured without drafts, or one less than twice or more than half of it?"""
-        return any(not drafts and texts < 2 * other < 4 * texts for other, drafts in self._medians)
+    def has_about(self, texts: int, times: int = 1) -> bool:
+        """Was this number of texts measured so often without drafts, or one less than twice or more than half of it?"""
+        return any(
+            not drafts and texts < 2 * other < 4 * texts and len(kept) >= times
+            for (other, drafts), kept in self._measured.items()
+        )
 
     def at(self, texts: int) -> float:
         """Seconds for so many texts without drafts, on the line between measured numbers, or the nearest."""

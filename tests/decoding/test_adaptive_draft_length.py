@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -108,6 +109,37 @@ def test_a_trial_that_gains_is_followed_at_once_by_one_twice_as_long():
     assert mean_late(lengths[: first + 80]) > 8
 
 
+def cold() -> Callable[[int], float]:
+    """Plain cycles after one with drafts find cold caches: they take 1.4 seconds, and 1.0 from the fifth on."""
+    plain_cycles = itertools.count()
+
+    def seconds(drafts: int) -> float:
+        nonlocal plain_cycles
+        if drafts:
+            plain_cycles = itertools.count()
+            return 1.6
+        return 1.4 if next(plain_cycles) < 4 else 1.0
+
+    return seconds
+
+
+@pytest.mark.parametrize(("draft_seconds", "pays"), [(0.5, False), (0.05, True)])
+def test_plain_decoding_is_held_against_drafting_with_warm_caches(draft_seconds, pays):
+    """Two tokens in 2.1 seconds are faster than one in 1.4, and slower than one in 1.0."""
+    one_stands = lambda position: 1.0 if position == 0 else 0.0  # noqa: E731  # the test's own acceptance
+    lengths, _ = run(one_stands, 600, draft_seconds, cold(), AdaptiveLength(1))
+    assert mean_late(lengths) > 0.8 if pays else mean_late(lengths) < 0.2
+    if not pays:  # known early: the first look waits for nothing
+        assert sum(lengths[20:60]) < 8
+
+
+def test_looks_at_plain_decoding_cost_next_to_nothing_where_drafting_is_far_better():
+    far, _ = run(lambda _: 0.95, 2000, 0.05, flat)
+    near, _ = run(lambda _: 0.67, 2000, 0.1, step_up)
+    assert 0 < far[20:].count(0) < 2000 / 40
+    assert 4 * AdaptiveLength.LOOK <= near[20:].count(0) < 2000 / 5
+
+
 def test_stops_where_a_position_is_never_accepted():
     lengths, _ = run(lambda position: 0.95 if position < 3 else 0.0, 400, draft_seconds=0.1)
     assert 2.5 <= mean_late(lengths) <= 4
@@ -141,6 +173,12 @@ def test_a_smaller_batch_is_decided_about_anew():
     assert mean_late(alone) > 2
 
 
+def test_a_smaller_batch_costs_one_plain_cycle_where_drafting_is_far_better():
+    _, rule = run(lambda _: 0.95, 200, 0.05, flat, texts=8)
+    fewer, _ = run(lambda _: 0.95, 40, 0.05, flat, rule=rule, texts=2)
+    assert fewer[1] == 0 and fewer.count(0) == 1
+
+
 def test_a_text_that_leaves_does_not_make_drafts_look_better():
     """Eight texts give more tokens a second than seven; both rates must be of as many."""
     lengths, rule = run(lambda _: 0.6, 400, 0.65, flat, texts=8)
@@ -169,6 +207,10 @@ def test_plain_seconds_of_a_number_of_texts_that_was_not_measured():
         seconds.add(texts, 0, cost)
     assert [seconds.at(texts) for texts in (1, 2, 5, 8, 9)] == pytest.approx([1.0, 1.0, 1.6, 2.2, 2.2])
     assert [texts for texts in range(1, 20) if seconds.has_about(texts)] == [2, 3, *range(5, 16)]
+    assert not seconds.has_about(8, times=2)
+    seconds.add(6, 0, 2.0)
+    seconds.add(6, 0, 2.0)
+    assert seconds.has_about(8, times=2) and not seconds.has_about(2, times=2)
 
 
 def test_what_drafts_cost_is_learned_from_other_numbers_of_texts_too():

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_helpers import EOS, make_llama
+from decoding_helpers import EOS, AtSetCosts, make_llama
 
 from data_pipeline import UserError
-from pretrain.decoding import AdaptiveLength, DecodingStatistics, FixedLength, draft_with_latent_dynamics, generate
+from pretrain.decoding import DecodingStatistics, FixedLength, draft_with_latent_dynamics, generate
 from pretrain.decoding.trunk import CachedTrunk
 
 PROMPTS = [[1], [1, 2, 3], [4, 4, 4, 4, 6], [0, 5, 2, 6, 3, 3, 2, 5], list(range(7)) * 4]
@@ -56,13 +56,13 @@ def test_plain_text_equals_that_of_transformers_generate():
 @pytest.mark.parametrize("length", [3, 11, "auto"])
 def test_text_with_drafts_equals_plain_text(length):
     accepted = refused = ended_inside_a_draft = 0
+    rule = AtSetCosts() if length == "auto" else FixedLength(length)
     for seed in range(3):
         model, dynamics = make_llama(seed=seed)
         for prompt in PROMPTS:
             for eos_id in (None, EOS, 3):
                 expected, plain, _ = decode(model, dynamics, prompt, None, eos_id)
                 assert plain.drafted == 0
-                rule = AdaptiveLength() if length == "auto" else FixedLength(length)
                 tokens, statistics, cycles = decode(model, dynamics, prompt, rule, eos_id)
                 assert tokens == expected
                 accepted += statistics.accepted

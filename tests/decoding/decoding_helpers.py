@@ -53,7 +53,7 @@ class TableModel:
 
 
 class AtSetCosts(AdaptiveLength):
-    """The rule of `auto` where a draft costs a tenth of a verification, whatever the machine does meanwhile."""
+    """The rule of `auto` where a draft costs a fiftieth of a verification, whatever the machine does meanwhile."""
 
     def saw_cycle(self, accepted, drafted, draft_seconds, rest):
-        super().saw_cycle(accepted, drafted, [0.1] * len(draft_seconds), 1.0)
+        super().saw_cycle(accepted, drafted, [0.02] * len(draft_seconds), 1.0)

@@ -69,7 +69,7 @@ def test_greedy_texts_equal_plain_ones(length, batch, decoder, prompts, plain):
     rule = AtSetCosts() if length == "auto" else FixedLength(length)
     texts, cycles, statistics = decode(decoder, prompts, rule, batch)
     assert texts == plain
-    assert statistics.accepted > 50 and len(set(cycles)) > 3
+    assert statistics.accepted > 100 and len(set(cycles)) > 3
     assert sum(text[-1] == EOS for text in texts) > 20
 
 

@@ -16,8 +16,8 @@ class DraftLength(Protocol):
     nothing.
     """
 
-    def wants_another(self, drafted: int) -> bool:
-        """Draft once more, with `drafted` tokens drafted in this cycle? 0 begins a cycle."""
+    def wants_another(self, drafted: int, tokens: list[int]) -> bool:
+        """Draft once more, with `drafted` tokens drafted in this cycle? 0 begins a cycle. tokens: each text's last."""
 
     def saw_draft(self, logits_BV: Tensor) -> None:
         """Drafts were drawn after these logits."""
@@ -36,7 +36,7 @@ class FixedLength:
     def __init__(self, length: int):
         self.length = length
 
-    def wants_another(self, drafted: int) -> bool:
+    def wants_another(self, drafted: int, tokens: list[int]) -> bool:
         """See `DraftLength`."""
         return drafted < self.length
 
@@ -62,10 +62,12 @@ class AdaptiveLength:
     looks at plain decoding now and then, for as little of the time, and a cycle with j drafts, which are still alive
     with chances s (one of each text), drafts on if for any m ≥ 1 the tokens to be hoped for are worth their time,
 
-        Σ s · (a_{j+1} + … + a_{j+1} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
+        Σ s · a' · (1 + a_{j+2} + … + a_{j+2} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
 
     the stopping rule that maximises the long-run rate (renewal-reward theorem). s is the product of the acceptance
-    measured for drafts of like confidence (the draft distribution's largest probability, in ten bins).
+    measured for drafts of like confidence (the draft distribution's largest probability, in ten bins), and a' is
+    a_{j+1}; both as far as nothing is known of drafts after the same token: what follows some is never foreseen, and a
+    cycle ends best where such a token is its last, as the next one is then the target's own.
 
     Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
     decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed
@@ -85,12 +87,15 @@ class AdaptiveLength:
     ACHIEVED_FADING, TRUST = 0.9, 12.0  # of r as achieved; how many cycles the expected r is worth
     BINS = 10
     HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
+    TOKEN_FADING = 0.9  # of a token's counts, with each draft made after it
+    TOKEN_WEIGHT = 4.0  # of its own drafts that the acceptance of all is worth, where a token was seen before
 
     def __init__(self, longest: int = LONGEST) -> None:
         self._longest = longest
         self._draft_seconds = Seconds()  # of a step
         self._rest_seconds = Seconds()  # of a cycle
         self._by_position = [[0.0, 0.0] for _ in range(longest)]  # accepted, seen
+        self._by_token: dict[int, list[float]] = {}
         self._by_confidence = [[0.0, 0.0] for _ in range(self.BINS)]
         self._cycles, self._texts = 0, 1
         self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
@@ -105,13 +110,18 @@ class AdaptiveLength:
         self._expected: list[float] = []
         self._costs: list[float] = []
         # Of this cycle's drafts.
+        self._tokens: list[list[int]] = []  # position, text → the token drafted after
         self._bins: list[list[int]] = []  # position, text → bin of confidence
         self._alive: list[float] = []  # text → s
 
-    def wants_another(self, drafted: int) -> bool:
+    def wants_another(self, drafted: int, tokens: list[int]) -> bool:
         """See `DraftLength`."""
         if drafted == 0:
-            self._bins, self._alive = [], []
+            self._tokens, self._bins, self._alive = [], [], [1.0] * len(tokens)
+            if self._estimated_for not in (0, len(tokens)):  # neither costs nor rate are those of the last cycle
+                self._texts = len(tokens)
+                self._estimate()
+        self._tokens.append(tokens)
         if self._planned is not None:
             return drafted < self._planned
         return drafted == 0 or (drafted < self._longest and self._pays(drafted))
@@ -120,9 +130,11 @@ class AdaptiveLength:
         """See `DraftLength`."""
         confidences = logits_BV.float().softmax(-1).amax(-1).tolist()
         bins = [min(int(confidence * self.BINS), self.BINS - 1) for confidence in confidences]
-        before = self._alive or [1.0] * len(bins)
-        self._alive = [s * self._confident(b) for s, b in zip(before, bins, strict=True)]
         self._bins.append(bins)
+        self._alive = [
+            s * self._after(token, self._confident(b))
+            for s, token, b in zip(self._alive, self._tokens[-1], bins, strict=True)
+        ]
 
     def saw_cycle(self, accepted: list[int], drafted: list[int], draft_seconds: list[float], rest: float) -> None:
         """See `DraftLength`."""
@@ -156,6 +168,9 @@ class AdaptiveLength:
                 for counts in (self._by_position[position], self._by_confidence[self._bins[position][text]]):
                     counts[0] += position < stood
                     counts[1] += 1
+                counts = self._by_token.setdefault(self._tokens[position][text], [0.0, 0.0])
+                counts[0] = counts[0] * self.TOKEN_FADING + (position < stood)
+                counts[1] = counts[1] * self.TOKEN_FADING + 1
 
     def _estimate(self) -> None:
         """a_i, E(k) and C(k); the best k ≥ 1, and its tokens per second, corrected by what was achieved.
@@ -163,8 +178,8 @@ class AdaptiveLength:
         The product of the a_i says too much: later positions are seen in the cycles that go well.
         """
         draft = self._draft_seconds.at(self._texts)
-        verify, another = self._rest_seconds.with_drafts(self._texts)
-        self._acceptance, self._costs = [], [self._rest_seconds.at(self._texts)]
+        rest = self._rest_seconds.by_drafts(self._texts, self._longest)
+        self._acceptance, self._costs = [], [rest[0]]
         self._expected = [float(self._texts)]
         self._estimated_for, self._best, self._rate = self._texts, 0, 0.0
         tokens = alive = float(self._texts)
@@ -173,7 +188,7 @@ class AdaptiveLength:
             # Of a position never seen it is the chance of the one before.
             chance = (stood + chance * self.WEIGHT) / (seen + self.WEIGHT)
             self._acceptance.append(chance)
-            self._costs.append(k * draft + verify + another * k)
+            self._costs.append(k * draft + rest[k])
             alive *= chance
             tokens += alive
             self._expected.append(tokens)
@@ -219,9 +234,11 @@ class AdaptiveLength:
 
     def _pays(self, drafted: int) -> bool:
         """Are more drafts worth their time?"""
-        alive, gain = sum(self._alive), 0.0
+        chance = self._acceptance[drafted]
+        alive = sum(s * self._after(token, chance) for s, token in zip(self._alive, self._tokens[-1], strict=True))
+        gain = 0.0
         for k in range(drafted, self._longest):
-            alive *= self._acceptance[k]
+            alive *= self._acceptance[k] if k > drafted else 1.0
             gain += alive
             if gain > self._rate * (self._costs[k + 1] - self._costs[drafted]):
                 return True
@@ -232,12 +249,18 @@ class AdaptiveLength:
         stood, seen = self._by_confidence[b]
         return (stood + self.HOPE) / (seen + 1.0)
 
+    def _after(self, token: int, chance: float) -> float:
+        """Acceptance of drafts made after this token, where `chance` is what is expected of any."""
+        stood, seen = self._by_token.get(token, (0.0, 0.0))
+        return (stood + chance * self.TOKEN_WEIGHT) / (seen + self.TOKEN_WEIGHT)
+
 
 class Seconds:
     """What something costs, by how many texts it is done for and the drafts of each: medians of the last times."""
 
     KEPT = 9
-    OTHERS = 0.1  # what a measurement with another number of texts is worth
+    OTHERS = 0.03  # what a measurement with another number of texts is worth
+    LINE = 2.0  # measurements with so many drafts that the line is worth
 
     def __init__(self) -> None:
         self._measured: dict[tuple[int, int], deque[float]] = {}
@@ -284,3 +307,16 @@ class Seconds:
         slope = max((n * xy - x * y) / spread, 0.0) if spread > 0.0 else 0.0
         plain = self.at(texts)
         return plain * (y - slope * x) / n, plain * slope
+
+    def by_drafts(self, texts: int, longest: int) -> list[float]:
+        """Seconds of a cycle with 0 … `longest` drafts of each text.
+
+        Kernels work in blocks, so that costs have steps: each number of drafts tends to its own median, from the line.
+        """
+        start, slope = self.with_drafts(texts)
+        seconds = [self.at(texts)]
+        for drafts in range(1, longest + 1):
+            times = len(self._measured.get((texts, drafts), ()))
+            own, line = self._medians.get((texts, drafts), 0.0), start + slope * drafts
+            seconds.append((times * own + self.LINE * line) / (times + self.LINE))
+        return seconds

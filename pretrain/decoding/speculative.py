@@ -223,11 +223,12 @@ def _draft(
     distributions: list[Tensor] = []
     seconds: list[float] = []
     counts, open_rows = [0] * len(room), list(range(len(room)))
+    tokens = token_B.tolist()
     while (
         way.draft_step is not None
         and open_rows
         # Asked before the draft is drawn: a decision that saw the draft would bias what is sampled.
-        and way.draft_length.wants_another(len(drafts))
+        and way.draft_length.wants_another(len(drafts), tokens)
     ):
         start = way.clock()
         state_BD, logits_BV = way.draft_step(state_BD, token_B)

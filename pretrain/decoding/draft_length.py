@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import deque
 from typing import Protocol
@@ -16,8 +17,11 @@ class DraftLength(Protocol):
     nothing.
     """
 
-    def wants_another(self, drafted: int, tokens: list[int]) -> bool:
-        """Draft once more, with `drafted` tokens drafted in this cycle? 0 begins a cycle. tokens: each text's last."""
+    def wants_another(self, drafted: int, tokens: list[int], left: list[int]) -> bool:
+        """Draft once more, with `drafted` tokens drafted in this cycle? 0 begins a cycle.
+
+        Of each text, its last token, and how many more it may draft: 0 where it is at its end and only goes along.
+        """
 
     def saw_draft(self, logits_BV: Tensor) -> None:
         """Drafts were drawn after these logits."""
@@ -36,7 +40,7 @@ class FixedLength:
     def __init__(self, length: int):
         self.length = length
 
-    def wants_another(self, drafted: int, tokens: list[int]) -> bool:
+    def wants_another(self, drafted: int, tokens: list[int], left: list[int]) -> bool:
         """See `DraftLength`."""
         return drafted < self.length
 
@@ -62,7 +66,7 @@ class AdaptiveLength:
     looks at plain decoding now and then, for as little of the time, and a cycle with j drafts, which are still alive
     with chances s (one of each text), drafts on if for any m ≥ 1 the tokens to be hoped for are worth their time,
 
-        Σ s · a' · (1 + a_{j+2} + … + a_{j+2} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
+        Σ w · s · a' · (1 + a_{j+2} + … + a_{j+2} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
 
     the stopping rule that maximises the long-run rate (renewal-reward theorem). s is the product of the acceptance
     measured for drafts of like confidence (the draft distribution's largest probability, in ten bins), and a' is
@@ -87,6 +91,7 @@ class AdaptiveLength:
     ACHIEVED_FADING, TRUST = 0.9, 12.0  # of r as achieved; how many cycles the expected r is worth
     BINS = 10
     HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
+    LAG = 0.5  # share of the weights that goes to texts that lag behind the others of their batch
     TOKEN_FADING = 0.9  # of a token's counts, with each draft made after it
     TOKEN_WEIGHT = 4.0  # of its own drafts that the acceptance of all is worth, where a token was seen before
 
@@ -100,7 +105,7 @@ class AdaptiveLength:
         self._cycles, self._texts = 0, 1
         self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
         self._plain_run = self._work = 0  # cycles without drafts in a row, and with
-        self._look = 0  # plain cycles to come, whatever pays
+        self._look, self._looked = 0, False  # plain cycles to come, whatever pays; and whether there ever were any
         self._rest = 0  # plain cycles until the next trial
         self._patience = self.SHORTEST_REST  # no more of them than this, which doubles with every trial in vain
         # What is expected of a cycle: see `_estimate`.
@@ -114,17 +119,16 @@ class AdaptiveLength:
         self._bins: list[list[int]] = []  # position, text → bin of confidence
         self._alive: list[float] = []  # text → s
 
-    def wants_another(self, drafted: int, tokens: list[int]) -> bool:
+    def wants_another(self, drafted: int, tokens: list[int], left: list[int]) -> bool:
         """See `DraftLength`."""
         if drafted == 0:
             self._tokens, self._bins, self._alive = [], [], [1.0] * len(tokens)
-            if self._estimated_for not in (0, len(tokens)):  # neither costs nor rate are those of the last cycle
-                self._texts = len(tokens)
-                self._estimate()
+            if self._estimated_for not in (0, len(tokens)):
+                self._begin_with(len(tokens))
         self._tokens.append(tokens)
         if self._planned is not None:
             return drafted < self._planned
-        return drafted == 0 or (drafted < self._longest and self._pays(drafted))
+        return drafted == 0 or (drafted < self._longest and self._pays(drafted, left))
 
     def saw_draft(self, logits_BV: Tensor) -> None:
         """See `DraftLength`."""
@@ -171,6 +175,13 @@ class AdaptiveLength:
                 counts = self._by_token.setdefault(self._tokens[position][text], [0.0, 0.0])
                 counts[0] = counts[0] * self.TOKEN_FADING + (position < stood)
                 counts[1] = counts[1] * self.TOKEN_FADING + 1
+
+    def _begin_with(self, texts: int) -> None:
+        """A cycle with another number of texts than the last: neither costs nor rate nor plans are of use for it."""
+        self._texts, self._look = texts, 0
+        self._estimate()
+        if self._rate * self._rest_seconds.at(texts) > texts:
+            self._planned = None
 
     def _estimate(self) -> None:
         """a_i, E(k) and C(k); the best k ≥ 1, and its tokens per second, corrected by what was achieved.
@@ -228,14 +239,20 @@ class AdaptiveLength:
         if not self._rest_seconds.has_about(self._texts):
             self._look = 1
         elif not self._look and self._rate * plain_seconds < self.NEAR * self._texts:
-            self._look = 0 if self._rest_seconds.has_about(self._texts, self.LOOK - self.COLD) else self.LOOK
+            known = self._rest_seconds.has_about(self._texts, self.LOOK - self.COLD)
+            # Only the first look waits for nothing: where texts leave one by one, so many are soon so many no more.
+            if not known and (self._work >= self.SHORTEST_WORK or not self._looked):
+                self._look, self._looked = self.LOOK, True
         if self._look:
             self._look, self._planned = self._look - 1, 0
 
-    def _pays(self, drafted: int) -> bool:
+    def _pays(self, drafted: int, left: list[int]) -> bool:
         """Are more drafts worth their time?"""
-        chance = self._acceptance[drafted]
-        alive = sum(s * self._after(token, chance) for s, token in zip(self._alive, self._tokens[-1], strict=True))
+        chance, weights = self._acceptance[drafted], self._weights(left)
+        alive = sum(
+            w * s * self._after(token, chance)
+            for w, s, token in zip(weights, self._alive, self._tokens[-1], strict=True)
+        )
         gain = 0.0
         for k in range(drafted, self._longest):
             alive *= self._acceptance[k] if k > drafted else 1.0
@@ -243,6 +260,13 @@ class AdaptiveLength:
             if gain > self._rate * (self._costs[k + 1] - self._costs[drafted]):
                 return True
         return False
+
+    def _weights(self, left: list[int]) -> list[float]:
+        """What a token of each text is worth, 1 on average: `left` tells who lags, as far as it can be known."""
+        longest = max(left)
+        lags = [math.exp((n - longest) / math.sqrt(longest)) for n in left]
+        share = self.LAG * len(left) / sum(lags)
+        return [1.0 - self.LAG + share * lag if n else 0.0 for n, lag in zip(left, lags, strict=True)]
 
     def _confident(self, b: int) -> float:
         """Acceptance of drafts whose confidence lies in bin b."""

@@ -222,13 +222,12 @@ def _draft(
     drafts: list[Tensor] = []
     distributions: list[Tensor] = []
     seconds: list[float] = []
-    counts, open_rows = [0] * len(room), list(range(len(room)))
-    tokens = token_B.tolist()
+    counts, left, tokens = [0] * len(room), list(room), token_B.tolist()
     while (
         way.draft_step is not None
-        and open_rows
+        and any(left)
         # Asked before the draft is drawn: a decision that saw the draft would bias what is sampled.
-        and way.draft_length.wants_another(len(drafts), tokens)
+        and way.draft_length.wants_another(len(drafts), tokens, left)
     ):
         start = way.clock()
         state_BD, logits_BV = way.draft_step(state_BD, token_B)
@@ -236,9 +235,8 @@ def _draft(
         token_B = draw(distributions[-1], way.generator)
         drafts.append(token_B)
         tokens = token_B.tolist()
-        for row in open_rows:
-            counts[row] += 1
-        open_rows = [row for row in open_rows if counts[row] < room[row] and tokens[row] != way.eos_id]
+        counts = [count + (n > 0) for count, n in zip(counts, left, strict=True)]
+        left = [max(n - 1, 0) if t != way.eos_id else 0 for n, t in zip(left, tokens, strict=True)]
         way.draft_length.saw_draft(logits_BV)
         seconds.append(way.clock() - start)
     if not drafts:

@@ -25,7 +25,7 @@ def run(acceptance, cycles, draft_seconds=0.1, verify=lambda k: 1.0, rule=None, 
     lengths = []
     for _ in range(cycles):
         drafted = 0
-        while rule.wants_another(drafted, [int(4096 ** words.random()) for _ in range(texts)]):
+        while rule.wants_another(drafted, [int(4096 ** words.random()) for _ in range(texts)], [1000] * texts):
             rule.saw_draft(CONFIDENT.expand(texts, -1))
             drafted += 1
         accepted = [
@@ -85,7 +85,7 @@ def test_where_drafting_never_pays_it_costs_next_to_nothing_from_the_start(texts
 def test_a_plain_cycle_asks_for_no_draft_and_looks_at_no_logits():
     _, rule = run(lambda _: 0.0, 300, 0.5)
     rule.saw_draft = lambda _: pytest.fail("nothing is drafted")
-    assert rule._planned == 0 and not rule.wants_another(0, [0])
+    assert rule._planned == 0 and not rule.wants_another(0, [0], [1000])
 
 
 def test_cheap_sure_drafts_run_long_and_no_longer_than_they_may():
@@ -152,7 +152,7 @@ def test_drafts_longer_in_cycles_whose_drafts_are_sure():
     lengths: dict[bool, list[int]] = {True: [], False: []}
     for _ in range(800):
         sure, drafted = chance.random() < 0.5, 0
-        while rule.wants_another(drafted, [0]):
+        while rule.wants_another(drafted, [0], [1000]):
             rule.saw_draft(torch.tensor([[5.0 if sure else 0.5, 0.0, 0.0]]))
             drafted += 1
         accepted = next((i for i in range(drafted) if chance.random() >= (0.98 if sure else 0.3)), drafted)
@@ -168,7 +168,7 @@ def test_ends_before_what_follows_a_token_that_foretells_nothing():
     for cycle in range(600):
         words = [chance.randrange(10) for _ in range(AdaptiveLength.LONGEST + 1)]
         drafted = 0
-        while rule.wants_another(drafted, [words[drafted]]):
+        while rule.wants_another(drafted, [words[drafted]], [1000]):
             if cycle >= 300 and drafted > 0 and rule._planned is None:
                 went_on[words[drafted] == 7].append(True)
             rule.saw_draft(CONFIDENT)
@@ -210,6 +210,24 @@ def test_a_batch_of_more_texts_does_not_begin_with_the_costs_of_the_last_one():
     assert 1 <= statistics.median(first) <= 4
 
 
+def test_drafts_for_the_text_that_lags_and_not_for_one_at_its_end():
+    """The first text's drafts nearly always stand, the second's hardly ever."""
+    rule, chance = AdaptiveLength(), random.Random(0)
+    lengths: dict[tuple[int, int], list[int]] = {(900, 100): [], (500, 500): [], (100, 900): []}
+    for cycle in range(900):
+        drafted, left = 0, list(lengths)[cycle % 3]
+        while rule.wants_another(drafted, [1, 2], list(left)):
+            rule.saw_draft(CONFIDENT.expand(2, -1))
+            drafted += 1
+        accepted = [next((i for i in range(drafted) if chance.random() >= p), drafted) for p in (0.95, 0.1)]
+        rule.saw_cycle(accepted, [drafted, drafted], [0.25] * drafted, 1.0)
+        lengths[left].append(drafted)
+    first, both, second = map(mean_late, lengths.values())
+    assert first > both + 1 and both > second + 1
+    assert rule._weights([7]) == [1.0] and rule._weights([0, 9])[0] == 0.0
+    assert sum(rule._weights([90, 100, 50])) == pytest.approx(3.0)
+
+
 def test_follows_costs_that_change():
     _, rule = run(lambda _: 0.8, 300, 0.05)
     dear, _ = run(lambda _: 0.8, 300, 0.9, rule=rule)
@@ -227,6 +245,28 @@ def test_a_smaller_batch_costs_one_plain_cycle_where_drafting_is_far_better():
     _, rule = run(lambda _: 0.95, 200, 0.05, flat, texts=8)
     fewer, _ = run(lambda _: 0.95, 40, 0.05, flat, rule=rule, texts=2)
     assert fewer[1] == 0 and fewer.count(0) == 1
+
+
+def test_every_number_of_texts_costs_one_plain_cycle_at_most_until_it_lasts():
+    """Drafting gains little, so that plain decoding is looked at with warm caches; but not for each text that leaves."""
+    lengths, rule = run(lambda _: 0.75, 200, 0.1, step_up, texts=8)
+    assert lengths.count(0) > 2 * AdaptiveLength.LOOK
+    for texts in (5, 2, 1):
+        fewer, _ = run(lambda _: 0.75, 12, 0.1, step_up, rule=rule, texts=texts)
+        assert fewer.count(0) <= 1
+    longer, _ = run(lambda _: 0.75, 150, 0.1, step_up, rule=rule, texts=1)
+    assert longer.count(0) >= AdaptiveLength.LOOK
+
+
+def test_a_look_ends_with_the_batch():
+    _, rule = run(lambda _: 0.75, 80, 0.1, step_up, texts=8)
+    for cycle in range(200):
+        run(lambda _: 0.75, 1, 0.1, step_up, rule=rule, seed=cycle)
+        if cycle > 20 and rule._look >= 4:
+            break
+    assert rule._look >= 4 and rule._planned == 0
+    begins, _ = run(lambda _: 0.75, 3, 0.1, step_up, rule=rule, texts=8)
+    assert all(begins)
 
 
 def test_a_text_that_leaves_does_not_make_drafts_look_better():

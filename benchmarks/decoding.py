@@ -5,7 +5,8 @@
 Prompts are code and prose (docstrings) of the validation documents of the export's data set. A round decodes its own in
 every way, one after the other, and backwards in every second round; ratios are formed within a round, their medians
 printed. No prompt is of two rounds: a length that is the best for eight texts is so by chance too. Every way decodes
-once before it is timed. Texts run to their full length, whatever is in them.
+other texts once before it is timed, and `auto` three times: it learns, and what it learned serves every text after.
+Texts run to their full length, whatever is in them.
 
 With a KV cache is what a user feels. Without one, batch 1 and greedy, is the paper's definition of speed-up: neither
 side keeps keys and values, so a verification costs hardly more than a plain step. A cycle's first token is the target's
@@ -56,8 +57,9 @@ from pretrain.latent_dynamics import LatentDynamics
 WAYS: tuple[int | str, ...] = (0, *range(1, 11), "auto")
 GPT2 = {"layers": 12, "width": 768, "heads": 12, "mlp_width": 2048, "vocabulary": 50_257, "dynamics_width": 2448}
 TINY = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 64, "vocabulary": 300, "dynamics_width": 32}
-PROMPT = 48
+PROMPT = 20
 TEXTS, FEWER_TEXTS = 8, 4  # of a round; fewer in slow rows
+WARM_UP, LEARNS = 6, 3  # texts that are not timed, and how often auto decodes them
 
 
 @dataclass
@@ -113,18 +115,24 @@ class UncachedTrunk:
 
 
 class SetAcceptance:
-    """A draft step that computes all that p_psi's does, and then drafts the target's own token with a set chance."""
+    """A draft step that computes all that p_psi's does, and then drafts the target's own token with a set chance.
+
+    The luck of a place in a text is the same in every way of decoding it, so that none is the fastest by luck. No draft
+    of a place is compared twice.
+    """
 
     def __init__(self, step: DraftStep, chances: list[float]):
         self._step, self._chances = step, chances
         self.texts: list[list[int]] = []  # what the target will say
+        self._luck: list[list[float]] = []
         self._said: list[int] = []
         self._position = 0
-        self._chance = random.Random(0)
 
     def begin(self) -> None:
         """A generation begins."""
         self._said, self._position = [0] * len(self.texts), 0
+        chances = [random.Random(str(text)) for text in self.texts]
+        self._luck = [[chance.random() for _ in text] for chance, text in zip(chances, self.texts, strict=True)]
 
     def saw(self, row: int, tokens: list[int]) -> None:
         """The generation's `on_tokens`."""
@@ -136,17 +144,17 @@ class SetAcceptance:
         state_BD, logits_BV = self._step(state_BD, token_B)
         self._position += 1
         chance = self._chances[min(self._position, len(self._chances)) - 1]
-        going_on = [(text, said) for text, said in zip(self.texts, self._said, strict=True) if said < len(text)]
-        for row, (text, said) in enumerate(going_on):
+        going_on = [each for each in zip(self.texts, self._luck, self._said, strict=True) if each[2] < len(each[0])]
+        for row, (text, luck, said) in enumerate(going_on):
             place = min(said + self._position, len(text) - 1)
             right = text[place]
-            drafted = right if self._chance.random() < chance else (right + 1) % logits_BV.shape[-1]
+            drafted = right if luck[place] < chance else (right + 1) % logits_BV.shape[-1]
             logits_BV[row, drafted] = 100.0
         return state_BD, logits_BV
 
 
 def measure(row: Row, model: Any, step: DraftStep, rounds: list[list[list[int]]], clock: Any) -> Iterator[None]:
-    """Decode the prompts of each round in every way; yields after each way of each group of texts."""
+    """Decode the prompts of each round in every way, the first's to warm up; yields after each way of a batch."""
     auto = AdaptiveLength()
 
     def decode(way: int | str, group: list[list[int]]) -> tuple[list[list[int]], DecodingStatistics]:
@@ -165,7 +173,7 @@ def measure(row: Row, model: Any, step: DraftStep, rounds: list[list[list[int]]]
             clock=clock,
         )
 
-    for number, prompts in enumerate([rounds[0][: row.batch], *rounds], start=-1):
+    for number, prompts in enumerate(rounds, start=-1):
         totals = {way: DecodingStatistics() for way in WAYS}
         for group in (prompts[start : start + row.batch] for start in range(0, len(prompts), row.batch)):
             # Plain comes first where its texts are the simulated drafts.
@@ -175,6 +183,10 @@ def measure(row: Row, model: Any, step: DraftStep, rounds: list[list[list[int]]]
                     step.texts = texts
                 totals[way].add(counted)
                 yield
+            if number < 0:
+                for _ in range(LEARNS - 1):
+                    decode("auto", group)
+                    yield
         if number >= 0:
             for way, total in totals.items():
                 row.rounds[way].append(total)
@@ -247,15 +259,16 @@ def run(export: Export, prompts: dict[str, list[list[int]]], arguments: argparse
         for domain in prompts
     ]
     simulated = [
-        Row("GPT-2 size", "simulated", batch, cached, 0.0, max(tokens // (3 if cached else 6), 4))
+        Row("GPT-2 size", "simulated", batch, cached, 0.0, max(tokens // 3, 4))
         for cached, batch in ((True, 1), (True, 8), (False, 1), (False, 8))
     ]
     with Progress(console=Console(stderr=True)) as progress:
 
         def follow(row: Row, model: Any, step: DraftStep, texts: int) -> None:
-            some = [prompts[row.text][number::rounds][:texts] for number in range(rounds)]
+            warm_up, timed = prompts[row.text][:WARM_UP][: row.batch], prompts[row.text][WARM_UP:]
+            some = [warm_up, *(timed[number::rounds][:texts] for number in range(rounds))]
             label = f"{row.trunk}, {row.text}, batch {row.batch}, {'cached' if row.cached else 'uncached'}"
-            steps = (1 + rounds * -(-texts // row.batch)) * len(WAYS)
+            steps = (1 + rounds * -(-texts // row.batch)) * len(WAYS) + LEARNS - 1
             for _ in progress.track(measure(row, model, step, some, clock), total=steps, description=label):
                 pass
 
@@ -277,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, default=Path("exports/quickstart"), help="a trained model with p_psi")
     parser.add_argument("--data", metavar="DIR", help="data set of the prompts; default: the one trained on")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=96, help="new tokens of a text; fewer in slow rows")
+    parser.add_argument("--tokens", type=int, default=144, help="new tokens of a text; fewer in slow rows")
     parser.add_argument("--out", type=Path, metavar="FILE")
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny trunk in place of GPT-2's size: to see that it runs"
@@ -288,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     if export.dynamics is None or export.tokenizer is None:
         raise UserError(f"{arguments.export}: give an export that has a latent dynamics model (nextlat/)")
     length = min(PROMPT, export.model.config.max_position_embeddings - arguments.tokens)
-    prompts = prompts_by_domain(export, open_data(subject, arguments.data), arguments.rounds * TEXTS, length)
+    prompts = prompts_by_domain(export, open_data(subject, arguments.data), WARM_UP + arguments.rounds * TEXTS, length)
     on_cpu = export.model.device.type == "cpu"
     threads = torch.get_num_threads()
     if on_cpu:

@@ -248,7 +248,7 @@ def test_a_smaller_batch_costs_one_plain_cycle_where_drafting_is_far_better():
 
 
 def test_every_number_of_texts_costs_one_plain_cycle_at_most_until_it_lasts():
-    """Drafting gains little, so that plain decoding is looked at with warm caches; but not for each text that leaves."""
+    """Drafting gains little, so that plain decoding is looked at with warm caches; but not for each text's end."""
     lengths, rule = run(lambda _: 0.75, 200, 0.1, step_up, texts=8)
     assert lengths.count(0) > 2 * AdaptiveLength.LOOK
     for texts in (5, 2, 1):

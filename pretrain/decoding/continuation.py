@@ -8,7 +8,6 @@ import torch
 
 from pretrain.decoding.accounting import DecodingStatistics
 from pretrain.decoding.draft_length import DraftLength, FixedLength
-from pretrain.decoding.drafting import draft_with_latent_dynamics
 from pretrain.decoding.loading import Export
 from pretrain.decoding.sampling import Sampling
 from pretrain.decoding.speculative import generate_batch
@@ -32,9 +31,6 @@ def continue_texts(
     draft: tokens per cycle, "auto", or 0 for plain decoding. vocabulary: tokens that may be drafted; None for all.
     """
     generator = None if seed is None else torch.Generator(export.model.device).manual_seed(seed)
-    step = draft_with_latent_dynamics(export.model, export.dynamics, vocabulary) if draft and export.dynamics else None
-    if draft and step is None and export.can_draft:
-        step = export.model.draft_step
     length: DraftLength = export.adaptive_length
     if not isinstance(draft, str):
         length = FixedLength(min(draft, getattr(export.model, "longest_draft", draft)))
@@ -43,7 +39,7 @@ def continue_texts(
         prompts,
         max_new_tokens,
         eos_id=export.eos_id,
-        draft_step=step,
+        draft_step=export.draft_step(vocabulary) if draft else None,
         draft_length=length,
         sampling=sampling,
         generator=generator,

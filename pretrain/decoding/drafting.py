@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.decoding.captured import CapturedStep
 from pretrain.latent_dynamics import LatentDynamics
 
 DraftStep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -27,6 +28,8 @@ def draft_with_latent_dynamics(
     vocabulary: token ids that may be drafted; None for all. The head's rows of the others are not read, which makes
     the step cheaper, and their logits are −∞. The text's distribution stays as it is: a token that is never drafted
     still comes from the target, by the residual.
+
+    On a GPU the step is captured, so it is worth keeping: `CapturedStep`.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if vocabulary is None:
@@ -35,7 +38,7 @@ def draft_with_latent_dynamics(
             state_BD = dynamics.step(state_BD, embedding.weight[token_B])
             return state_BD, head(state_BD)
 
-        return step
+        return CapturedStep(step, head.weight) if head.weight.is_cuda else step
 
     ids_N = torch.tensor(sorted(set(vocabulary)), device=head.weight.device)
     head_ND = head.weight.detach()[ids_N].contiguous()
@@ -46,4 +49,4 @@ def draft_with_latent_dynamics(
         logits_BV[:, ids_N] = F.linear(state_BD, head_ND)
         return state_BD, logits_BV
 
-    return trimmed_step
+    return CapturedStep(trimmed_step, head.weight) if head.weight.is_cuda else trimmed_step

@@ -33,6 +33,8 @@ class _Drafter(NamedTuple):
 
     dynamics: LatentDynamics
     adaptive_length: AdaptiveLength
+    steps: dict[int | None, DraftStep]
+    """By the size of the draft vocabulary."""
 
 
 _drafters: WeakKeyDictionary[Any, _Drafter] = WeakKeyDictionary()
@@ -132,8 +134,10 @@ def _drafting(model: Any, length: int | str, vocabulary: int | None) -> tuple[Dr
     if vocabulary is not None and not (type(vocabulary) is int and vocabulary >= 1):
         raise ValueError(f"draft_vocabulary={vocabulary!r}: give a number of tokens of at least 1, or leave it out")
     drafter = _drafter(model)
-    step = draft_with_latent_dynamics(model, drafter.dynamics, _most_frequent(model, vocabulary))
-    return step, FixedLength(length) if isinstance(length, int) else drafter.adaptive_length
+    if vocabulary not in drafter.steps:
+        most_frequent = _most_frequent(model, vocabulary)
+        drafter.steps[vocabulary] = draft_with_latent_dynamics(model, drafter.dynamics, most_frequent)
+    return drafter.steps[vocabulary], FixedLength(length) if isinstance(length, int) else drafter.adaptive_length
 
 
 def _drafter(model: Any) -> _Drafter:
@@ -146,7 +150,7 @@ def _drafter(model: Any) -> _Drafter:
                 f"{model.name_or_path or 'this model'}: has no latent dynamics model (nextlat/) to draft with; load "
                 "the model from a folder that has one, or leave out custom_generate"
             )
-        _drafters[model] = _Drafter(dynamics.to(model.device), AdaptiveLength())
+        _drafters[model] = _Drafter(dynamics.to(model.device), AdaptiveLength(), {})
     return _drafters[model]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from torch import nn
 
 from data_pipeline import UserError
 from pretrain.decoding.draft_length import AdaptiveLength
+from pretrain.decoding.drafting import DraftStep, draft_with_latent_dynamics
 from pretrain.decoding.dynamics_folder import load_dynamics
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_config, llama_name
 from pretrain.decoding.rivals import JointLlama, MultiTokenLlama, load_heads
@@ -54,6 +55,22 @@ class Export:
     def adaptive_length(self) -> AdaptiveLength:
         """The rule of `--draft auto`: what it learns from one text, of costs above all, serves the next."""
         return AdaptiveLength(getattr(self.model, "longest_draft", AdaptiveLength.LONGEST))
+
+    @cached_property
+    def _draft_steps(self) -> dict[tuple[int, ...] | None, DraftStep]:
+        return {}
+
+    def draft_step(self, vocabulary: Sequence[int] | None = None) -> DraftStep | None:
+        """How it drafts, the same for every text: a GPU's captured steps are kept. None where it cannot.
+
+        vocabulary: tokens that may be drafted, where p_ψ drafts; None for all.
+        """
+        if self.dynamics is None:
+            return self.model.draft_step if self.can_draft else None
+        key = None if vocabulary is None else tuple(vocabulary)
+        if key not in self._draft_steps:
+            self._draft_steps[key] = draft_with_latent_dynamics(self.model, self.dynamics, vocabulary)
+        return self._draft_steps[key]
 
     @property
     def eos_id(self) -> int:

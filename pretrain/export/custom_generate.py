@@ -12,6 +12,7 @@ from pathlib import Path
 from pretrain import latent_dynamics
 from pretrain.decoding import (
     accounting,
+    captured,
     draft_length,
     drafting,
     dynamics_folder,
@@ -21,7 +22,7 @@ from pretrain.decoding import (
     trunk,
 )
 
-MODULES = (accounting, draft_length, drafting, dynamics_folder, latent_dynamics, sampling, speculative, trunk)
+MODULES = (accounting, captured, draft_length, drafting, dynamics_folder, latent_dynamics, sampling, speculative, trunk)
 ERRORS = '''"""What is raised for a user's mistake."""
 
 

@@ -1,0 +1,122 @@
+"""Draft steps as CUDA graphs. Without a GPU, of a graph that works as one does: in place, and on the same memory."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from decoding_helpers import make_llama
+
+from pretrain.decoding import FixedLength, draft_with_latent_dynamics, generate_batch
+from pretrain.decoding.captured import CapturedStep
+from pretrain.decoding.loading import Export
+
+
+class PretendedGraphs:
+    """What torch.cuda's graphs do, on a CPU: a replay computes from the captured inputs into the captured outputs."""
+
+    def __init__(self, step):
+        self.step, self.captures, self.replays = step, [], 0
+        self._graph = None
+
+    def __call__(self, state_BD, token_B):
+        """The step, seen while it is captured."""
+        outputs = self.step(state_BD, token_B)
+        if self._graph is not None:
+            self._graph.inputs, self._graph.outputs = (state_BD, token_B), outputs
+            self.captures.append(len(state_BD))
+        return outputs
+
+    def CUDAGraph(self):
+        owner = self
+
+        class Graph:
+            def replay(self):
+                owner.replays += 1
+                for place, value in zip(self.outputs, owner.step(*self.inputs), strict=True):
+                    place.copy_(value)
+
+        return Graph()
+
+    @contextmanager
+    def graph(self, graph, capture_error_mode):
+        self._graph = graph
+        yield
+        self._graph = None
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    model, dynamics = make_llama()
+    model, dynamics = model.double(), dynamics.double()
+    graphs = PretendedGraphs(draft_with_latent_dynamics(model, dynamics))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graphs.CUDAGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graphs.graph)
+    return model, graphs
+
+
+def test_a_replay_gives_what_the_step_gives_and_leaves_earlier_results_alone(pretended):
+    model, graphs = pretended
+    step = CapturedStep(graphs, model.lm_head.weight)
+    with torch.inference_mode():
+        given, expected = [], []
+        for number in range(12):
+            texts = 2 + number % 2
+            inputs = torch.randn(texts, 32, dtype=torch.float64), torch.randint(0, 7, (texts,))
+            kept = [value.clone() for value in inputs]
+            given.append(step(*inputs))
+            expected.append(graphs.step(*kept))
+            assert all(map(torch.equal, inputs, kept))
+    for mine, right in zip(given, expected, strict=True):
+        assert all(map(torch.equal, mine, right))
+    assert graphs.captures == [2, 3]
+    assert graphs.replays == 12 - 2 * CapturedStep.EAGER
+
+
+def test_weights_that_have_moved_are_captured_again(pretended):
+    model, graphs = pretended
+    step = CapturedStep(graphs, model.lm_head.weight)
+    state_BD, token_B = torch.randn(2, 32, dtype=torch.float64), torch.tensor([3, 4])
+    with torch.inference_mode():
+        for _ in range(CapturedStep.EAGER + 1):
+            step(state_BD, token_B)
+        assert graphs.captures == [2]
+        model.lm_head.weight.data = 2.0 * model.lm_head.weight
+        for _ in range(CapturedStep.EAGER + 1):
+            moved = step(state_BD, token_B)
+        assert graphs.captures == [2, 2] and torch.equal(moved[1], graphs.step(state_BD, token_B)[1])
+
+
+def test_texts_of_a_batch_are_those_of_the_plain_step(pretended):
+    model, graphs = pretended
+    prompts = [[1, 2, 3], [4], [5, 6], [2, 2]]
+    step = CapturedStep(graphs, model.lm_head.weight)
+    counted = [
+        generate_batch(model, prompts, 40, draft_step=each, draft_length=FixedLength(3)) for each in (step, graphs.step)
+    ]
+    assert counted[0][0] == counted[1][0]
+    assert counted[0][1].accepted == counted[1][1].accepted > 10 and graphs.replays > 10
+
+
+def test_a_step_is_kept_for_each_draft_vocabulary_as_its_graphs_are_with_it():
+    model, dynamics = make_llama()
+    export = Export(Path("model"), model, None, dynamics, {})
+    assert export.draft_step() is export.draft_step() is not export.draft_step([5, 2])
+    assert export.draft_step([5, 2]) is export.draft_step([5, 2]) is not export.draft_step([5, 3])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("vocabulary", [None, [5, 2, 3]])
+def test_on_a_gpu(vocabulary):
+    model, dynamics = (module.cuda().double() for module in make_llama())
+    captured = draft_with_latent_dynamics(model, dynamics, vocabulary)
+    assert isinstance(captured, CapturedStep)
+    prompts = [[1, 2, 3], [4], [5, 6], [2, 2]]
+    counted = [
+        generate_batch(model, prompts, 40, draft_step=each, draft_length=FixedLength(3))
+        for each in (captured, captured._step)
+    ]
+    assert counted[0][0] == counted[1][0] and counted[0][1].accepted == counted[1][1].accepted
+    assert captured._graphs

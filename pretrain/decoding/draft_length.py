@@ -71,7 +71,8 @@ class AdaptiveLength:
     the stopping rule that maximises the long-run rate (renewal-reward theorem). s is the product of the acceptance
     measured for drafts of like confidence (the draft distribution's largest probability, in ten bins), and a' is
     a_{j+1}; both as far as nothing is known of drafts after the same token: what follows some is never foreseen, and a
-    cycle ends best where such a token is its last, as the next one is then the target's own.
+    cycle ends best where such a token is its last, as the next one is then the target's own. The weights w (1 on
+    average) are larger for texts with more tokens to come: with the others at their end, a batch goes on for its last.
 
     Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
     decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed

@@ -109,11 +109,23 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> t
         return torch.optim.AdamW(list(groups.values()), **adamw, fused=device.type == "cuda")
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    if device.type == "cpu":  # its update is compiled where it can be; CPUs may have no compiler, and small models
-        torch.compiler.set_stance("force_eager")
+    if device.type == "cpu":
+        _same_muon_on_every_cpu()
     for group in groups.values():
         group |= {"lr": optimizer.learning_rate, "momentum": optimizer.muon_momentum} if group["use_muon"] else adamw
     return MuonWithAuxAdam(list(groups.values()))
+
+
+def _same_muon_on_every_cpu() -> None:
+    """DeepSpeed's Muon orthogonalises in float16 on CPUs that have it, and else in float32: here in float32 on all.
+
+    So the same run has the same numbers on another machine. And its update is compiled where it can be, which needs a
+    compiler, and gains a small model nothing.
+    """
+    from deepspeed.runtime.zero.muon import original_muon
+
+    original_muon.ns_compute_dtype = lambda ns_method="gram": torch.float32
+    torch.compiler.set_stance("force_eager")
 
 
 def set_learning_rates(engine: deepspeed.DeepSpeedEngine, config: Config, step: int) -> float:

@@ -178,7 +178,10 @@ class AdaptiveLength:
                 counts[1] = counts[1] * self.TOKEN_FADING + 1
 
     def _begin_with(self, texts: int) -> None:
-        """A cycle with another number of texts than the last: neither costs nor rate nor plans are of use for it."""
+        """A cycle with another number of texts than the last: costs and rate are others, and a look was for the last.
+
+        Where drafting pays for so many it drafts at once, whatever was planned.
+        """
         self._texts, self._look = texts, 0
         self._estimate()
         if self._rate * self._rest_seconds.at(texts) > texts:
@@ -255,10 +258,10 @@ class AdaptiveLength:
             for w, s, token in zip(weights, self._alive, self._tokens[-1], strict=True)
         )
         gain = 0.0
-        for k in range(drafted, self._longest):
-            alive *= self._acceptance[k] if k > drafted else 1.0
+        for k, chance_then in enumerate([1.0, *self._acceptance[drafted + 1 :]], start=drafted + 1):
+            alive *= chance_then
             gain += alive
-            if gain > self._rate * (self._costs[k + 1] - self._costs[drafted]):
+            if gain > self._rate * (self._costs[k] - self._costs[drafted]):
                 return True
         return False
 

@@ -23,8 +23,8 @@ class DraftLength(Protocol):
         Of each text, its last token, and how many more it may draft: 0 where it is at its end and only goes along.
         """
 
-    def saw_draft(self, logits_BV: Tensor) -> None:
-        """Drafts were drawn after these logits."""
+    def saw_draft(self, logits_BV: Tensor, q: Tensor) -> None:
+        """Drafts were drawn from q, which is `sampling.distribution` of these logits."""
 
     def saw_cycle(self, accepted: list[int], drafted: list[int], draft_seconds: list[float], rest: float) -> None:
         """A cycle is over.
@@ -44,7 +44,7 @@ class FixedLength:
         """See `DraftLength`."""
         return drafted < self.length
 
-    def saw_draft(self, logits_BV: Tensor) -> None:
+    def saw_draft(self, logits_BV: Tensor, q: Tensor) -> None:
         """See `DraftLength`."""
 
     def saw_cycle(self, accepted: list[int], drafted: list[int], draft_seconds: list[float], rest: float) -> None:
@@ -73,6 +73,8 @@ class AdaptiveLength:
     a_{j+1}; both as far as nothing is known of drafts after the same token: what follows some is never foreseen, and a
     cycle ends best where such a token is its last, as the next one is then the target's own. The weights w (1 on
     average) are larger for texts with more tokens to come: with the others at their end, a batch goes on for its last.
+    Where LEAST drafts or more are the best fixed number, a cycle drafts as many: cut short, it leaves the next one's
+    first token, the target's own, to what could be foreseen, and the texts of a batch fall out of step.
 
     Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
     decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed
@@ -81,20 +83,22 @@ class AdaptiveLength:
 
     LONGEST = 16
     FIRST = (0, 0, 0, 3)  # lengths of the first cycles, to learn the costs
-    LOSS = 0.01  # of the time, by trials of drafts where they do not pay, and by looks at plain decoding where they do
+    LOSS = 0.005  # of the time, by trials of drafts where they do not pay, and by looks at plain decoding where they do
     LOOK, COLD = 8, 4  # plain cycles in a row to see what one costs; the first ones find cold caches, and do not count
     NEAR = 1.6  # speed-up over a cold plain cycle, below which a warm one must be known
-    SHORTEST_WORK = 64  # cycles with drafts between two looks
+    SHORTEST_WORK = 128  # cycles with drafts between two looks
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
-    EXPLORE_EVERY = 32  # cycles, one drafts two tokens more than the last
+    EXPLORE_EVERY = 96  # cycles, one drafts two tokens more than the last
     ESTIMATE_EVERY = 4  # cycles: a small model's take less than a millisecond
-    FADING = 0.95  # of counts, in a cycle that drafts: what was given up is tried again some time
-    ACHIEVED_FADING, TRUST = 0.9, 12.0  # of r as achieved; how many cycles the expected r is worth
+    LEAST = 2  # drafts of a cycle that drafts, where no fewer are the best of all fixed numbers
+    FADING = 0.96  # of counts, in as many cycles that draft: what was given up is tried again some time
+    ACHIEVED_FADING, TRUST = 0.97, 30.0  # of r as achieved; how many cycles the expected r is worth
     BINS = 10
     HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
     LAG = 0.5  # share of the weights that goes to texts that lag behind the others of their batch
     TOKEN_FADING = 0.9  # of a token's counts, with each draft made after it
     TOKEN_WEIGHT = 4.0  # of its own drafts that the acceptance of all is worth, where a token was seen before
+    TOKEN_GAIN = 2.0  # times that acceptance are the most its own may be: a position where none stands is no token's
 
     def __init__(self, longest: int = LONGEST) -> None:
         self._longest = longest
@@ -103,7 +107,7 @@ class AdaptiveLength:
         self._by_position = [[0.0, 0.0] for _ in range(longest)]  # accepted, seen
         self._by_token: dict[int, list[float]] = {}
         self._by_confidence = [[0.0, 0.0] for _ in range(self.BINS)]
-        self._cycles, self._texts = 0, 1
+        self._cycles, self._drafting, self._texts = 0, 0, 1
         self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
         self._plain_run = self._work = 0  # cycles without drafts in a row, and with
         self._look, self._looked = 0, False  # plain cycles to come, whatever pays; and whether there ever were any
@@ -115,6 +119,7 @@ class AdaptiveLength:
         self._acceptance: list[float] = []
         self._expected: list[float] = []
         self._costs: list[float] = []
+        self._demanded: dict[int, float] = {}  # see `_demand`
         # Of this cycle's drafts.
         self._tokens: list[list[int]] = []  # position, text → the token drafted after
         self._bins: list[list[int]] = []  # position, text → bin of confidence
@@ -129,11 +134,13 @@ class AdaptiveLength:
         self._tokens.append(tokens)
         if self._planned is not None:
             return drafted < self._planned
-        return drafted == 0 or (drafted < self._longest and self._pays(drafted, left))
+        least = max(min(self._best, self.LEAST), 1)
+        return drafted < least or (drafted < self._longest and self._pays(drafted, left))
 
-    def saw_draft(self, logits_BV: Tensor) -> None:
+    def saw_draft(self, logits_BV: Tensor, q: Tensor) -> None:
         """See `DraftLength`."""
-        confidences = logits_BV.float().softmax(-1).amax(-1).tolist()
+        chances_BV = q if q.is_floating_point() else logits_BV.float().softmax(-1)
+        confidences = chances_BV.amax(-1).tolist()
         bins = [min(int(confidence * self.BINS), self.BINS - 1) for confidence in confidences]
         self._bins.append(bins)
         self._alive = [
@@ -146,12 +153,11 @@ class AdaptiveLength:
         self._cycles += 1
         self._texts, steps = len(accepted), len(draft_seconds)
         self._plain_run, self._work = (0, self._work + 1) if steps else (self._plain_run + 1, 0)
-        begins = self._cycles <= len(self.FIRST) or not self._rest_seconds.has_about(self._texts)
-        if steps or begins or self._plain_run > self.COLD:
+        warm = steps or self._plain_run > self.COLD
+        if warm or self._cycles <= len(self.FIRST) or not self._rest_seconds.has_about(self._texts):
             self._rest_seconds.add(self._texts, steps, rest)
-        for seconds in draft_seconds:
-            self._draft_seconds.add(self._texts, 0, seconds)
         if steps:
+            self._draft_seconds.add(self._texts, 0, sum(draft_seconds) / steps)
             self._count(accepted, drafted)
         if self._cycles < len(self.FIRST):
             self._planned = min(self.FIRST[self._cycles], self._longest)
@@ -164,10 +170,12 @@ class AdaptiveLength:
         self._plan(len(accepted) + sum(accepted), sum(draft_seconds) + rest, steps)
 
     def _count(self, accepted: list[int], drafted: list[int]) -> None:
-        """What stood, by position and by confidence."""
-        for counts in (*self._by_confidence, *self._by_position):
-            counts[0] *= self.FADING
-            counts[1] *= self.FADING
+        """What stood, by position, by confidence, and by the token before."""
+        self._drafting += 1
+        if self._drafting % self.ESTIMATE_EVERY == 0:
+            for counts in (*self._by_confidence, *self._by_position):
+                counts[0] *= self.FADING
+                counts[1] *= self.FADING
         for text, (stood, made) in enumerate(zip(accepted, drafted, strict=True)):
             for position in range(min(stood + 1, made)):  # later ones were never compared
                 for counts in (self._by_position[position], self._by_confidence[self._bins[position][text]]):
@@ -194,7 +202,7 @@ class AdaptiveLength:
         """
         draft = self._draft_seconds.at(self._texts)
         rest = self._rest_seconds.by_drafts(self._texts, self._longest)
-        self._acceptance, self._costs = [], [rest[0]]
+        self._acceptance, self._costs, self._demanded = [], [rest[0]], {}
         self._expected = [float(self._texts)]
         self._estimated_for, self._best, self._rate = self._texts, 0, 0.0
         tokens = alive = float(self._texts)
@@ -252,21 +260,26 @@ class AdaptiveLength:
 
     def _pays(self, drafted: int, left: list[int]) -> bool:
         """Are more drafts worth their time?"""
-        chance, weights = self._acceptance[drafted], self._weights(left)
-        alive = sum(
-            w * s * self._after(token, chance)
-            for w, s, token in zip(weights, self._alive, self._tokens[-1], strict=True)
-        )
-        gain = 0.0
-        for k, chance_then in enumerate([1.0, *self._acceptance[drafted + 1 :]], start=drafted + 1):
-            alive *= chance_then
+        chance, hoped = self._acceptance[drafted], 0.0
+        for weight, alive, token in zip(self._weights(left), self._alive, self._tokens[-1], strict=True):
+            hoped += weight * alive * self._after(token, chance)
+        if drafted not in self._demanded:
+            self._demanded[drafted] = self._demand(drafted)
+        return hoped > self._demanded[drafted]
+
+    def _demand(self, drafted: int) -> float:
+        """Σ w · s · a' from which drafting on pays: the least over m, as each draft after the next adds its chance."""
+        least, alive, gain = math.inf, 1.0, 0.0
+        for k in range(drafted + 1, self._longest + 1):
             gain += alive
-            if gain > self._rate * (self._costs[k] - self._costs[drafted]):
-                return True
-        return False
+            least = min(least, self._rate * (self._costs[k] - self._costs[drafted]) / gain)
+            alive *= self._acceptance[k] if k < self._longest else 0.0
+        return least
 
     def _weights(self, left: list[int]) -> list[float]:
         """What a token of each text is worth, 1 on average: `left` tells who lags, as far as it can be known."""
+        if len(left) == 1:
+            return [1.0]
         longest = max(left)
         lags = [math.exp((n - longest) / math.sqrt(longest)) for n in left]
         share = self.LAG * len(left) / sum(lags)
@@ -280,7 +293,8 @@ class AdaptiveLength:
     def _after(self, token: int, chance: float) -> float:
         """Acceptance of drafts made after this token, where `chance` is what is expected of any."""
         stood, seen = self._by_token.get(token, (0.0, 0.0))
-        return (stood + chance * self.TOKEN_WEIGHT) / (seen + self.TOKEN_WEIGHT)
+        own = (stood + chance * self.TOKEN_WEIGHT) / (seen + self.TOKEN_WEIGHT)
+        return min(own, self.TOKEN_GAIN * chance)
 
 
 class Seconds:
@@ -291,29 +305,35 @@ class Seconds:
     LINE = 2.0  # measurements with so many drafts that the line is worth
 
     def __init__(self) -> None:
-        self._measured: dict[tuple[int, int], deque[float]] = {}
-        self._medians: dict[tuple[int, int], float] = {}
+        # Number of texts → drafts of each → …
+        self._measured: dict[int, dict[int, deque[float]]] = {}
+        self._medians: dict[int, dict[int, float]] = {}
+        self._plain: dict[int, float] = {}  # number of texts → the median without drafts
 
     def add(self, texts: int, drafts: int, seconds: float) -> None:
         """One measurement."""
-        kept = self._measured.setdefault((texts, drafts), deque(maxlen=self.KEPT))
+        kept = self._measured.setdefault(texts, {}).setdefault(drafts, deque(maxlen=self.KEPT))
         kept.append(seconds)
         # Of an even number the smaller one: what disturbs a measurement makes it longer, above all the first.
-        self._medians[texts, drafts] = sorted(kept)[(len(kept) - 1) // 2]
+        median = sorted(kept)[(len(kept) - 1) // 2]
+        self._medians.setdefault(texts, {})[drafts] = median
+        if not drafts:
+            self._plain[texts] = median
 
     def has_about(self, texts: int, times: int = 1) -> bool:
         """Was this number of texts measured so often without drafts, or one less than twice or more than half of it?"""
-        return any(
-            not drafts and texts < 2 * other < 4 * texts and len(kept) >= times
-            for (other, drafts), kept in self._measured.items()
+        return len(self._measured.get(texts, {}).get(0, ())) >= times or any(
+            texts < 2 * other < 4 * texts and len(self._measured[other][0]) >= times for other in self._plain
         )
 
     def at(self, texts: int) -> float:
         """Seconds for so many texts without drafts, on the line between measured numbers, or the nearest."""
-        plain = sorted(other for other, drafts in self._medians if not drafts)
+        if texts in self._plain:
+            return self._plain[texts]
+        plain = sorted(self._plain)
         above = min(bisect_left(plain, texts), len(plain) - 1)
         below = above if plain[above] <= texts else max(above - 1, 0)
-        low, high = self._medians[plain[below], 0], self._medians[plain[above], 0]
+        low, high = self._plain[plain[below]], self._plain[plain[above]]
         share = (texts - plain[below]) / (plain[above] - plain[below]) if above > below else 0.0
         return low + share * (high - low)
 
@@ -325,12 +345,14 @@ class Seconds:
         line a direction where only one length was measured.
         """
         n = x = y = xx = xy = 0.0
-        for (other, drafts), seconds in self._medians.items():
-            multiple = seconds / self.at(other)
-            worth = (1.0 if other == texts else self.OTHERS) * (1.0 if drafts else 0.25)
-            weight = worth * len(self._measured[other, drafts]) / multiple**2  # noise grows with what is measured
-            n, x, y = n + weight, x + weight * drafts, y + weight * multiple
-            xx, xy = xx + weight * drafts**2, xy + weight * drafts * multiple
+        for other, medians in self._medians.items():
+            plain, worth = self.at(other), 1.0 if other == texts else self.OTHERS
+            for drafts, seconds in medians.items():
+                multiple, times = seconds / plain, len(self._measured[other][drafts])
+                # Noise grows with what is measured.
+                weight = (worth if drafts else 0.25 * worth) * times / multiple**2
+                n, x, y = n + weight, x + weight * drafts, y + weight * multiple
+                xx, xy = xx + weight * drafts**2, xy + weight * drafts * multiple
         spread = n * xx - x * x
         slope = max((n * xy - x * y) / spread, 0.0) if spread > 0.0 else 0.0
         plain = self.at(texts)
@@ -342,9 +364,12 @@ class Seconds:
         Kernels work in blocks, so that costs have steps: each number of drafts tends to its own median, from the line.
         """
         start, slope = self.with_drafts(texts)
+        measured, medians = self._measured.get(texts, {}), self._medians.get(texts, {})
         seconds = [self.at(texts)]
         for drafts in range(1, longest + 1):
-            times = len(self._measured.get((texts, drafts), ()))
-            own, line = self._medians.get((texts, drafts), 0.0), start + slope * drafts
-            seconds.append((times * own + self.LINE * line) / (times + self.LINE))
+            line = start + slope * drafts
+            if drafts in medians:
+                times = len(measured[drafts])
+                line = (times * medians[drafts] + self.LINE * line) / (times + self.LINE)
+            seconds.append(line)
         return seconds

@@ -237,7 +237,7 @@ def _draft(
         tokens = token_B.tolist()
         counts = [count + (n > 0) for count, n in zip(counts, left, strict=True)]
         left = [max(n - 1, 0) if t != way.eos_id else 0 for n, t in zip(left, tokens, strict=True)]
-        way.draft_length.saw_draft(logits_BV)
+        way.draft_length.saw_draft(logits_BV, distributions[-1])
         seconds.append(way.clock() - start)
     if not drafts:
         return token_B.new_empty(len(room), 0), None, counts, seconds

@@ -8,25 +8,26 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pretrain.decoding import AdaptiveLength
+from pretrain.decoding import AdaptiveLength, FixedLength
 from pretrain.decoding.draft_length import Seconds
 
 CONFIDENT = torch.tensor([[3.0, 0.0, 0.0]])
+NO_CHANCES = torch.zeros(1, dtype=torch.long)  # greedy: a token is what can come
 
 
-def run(acceptance, cycles, draft_seconds=0.1, verify=lambda k: 1.0, rule=None, texts=1, seed=0):
+def run(acceptance, cycles, draft_seconds=0.1, verify=lambda k: 1.0, rule=None, texts=1, seed=0, vocabulary=50):
     """Drive the rule with simulated costs; the drafts per cycle, and the rule.
 
-    acceptance: position → chance. verify: number of drafts → seconds of the rest of a cycle. Tokens are as frequent as
-    in a text (Zipf's law), and tell nothing.
+    acceptance: position → chance. verify: number of drafts → seconds of the rest of a cycle. The tokens of the
+    vocabulary are equally frequent, and tell nothing.
     """
     rule = rule or AdaptiveLength()
     chance, words = random.Random(2 * seed), random.Random(2 * seed + 1)
     lengths = []
     for _ in range(cycles):
         drafted = 0
-        while rule.wants_another(drafted, [int(4096 ** words.random()) for _ in range(texts)], [1000] * texts):
-            rule.saw_draft(CONFIDENT.expand(texts, -1))
+        while rule.wants_another(drafted, [words.randrange(vocabulary) for _ in range(texts)], [1000] * texts):
+            rule.saw_draft(CONFIDENT.expand(texts, -1), NO_CHANCES)
             drafted += 1
         accepted = [
             next((i for i in range(drafted) if chance.random() >= acceptance(i)), drafted) for _ in range(texts)
@@ -84,7 +85,7 @@ def test_where_drafting_never_pays_it_costs_next_to_nothing_from_the_start(texts
 
 def test_a_plain_cycle_asks_for_no_draft_and_looks_at_no_logits():
     _, rule = run(lambda _: 0.0, 300, 0.5)
-    rule.saw_draft = lambda _: pytest.fail("nothing is drafted")
+    rule.saw_draft = lambda *_: pytest.fail("nothing is drafted")
     assert rule._planned == 0 and not rule.wants_another(0, [0], [1000])
 
 
@@ -136,14 +137,16 @@ def test_plain_decoding_is_held_against_drafting_with_warm_caches(draft_seconds,
 
 def test_looks_at_plain_decoding_cost_next_to_nothing_where_drafting_is_far_better():
     far, _ = run(lambda _: 0.95, 2000, 0.05, flat)
+    near, _ = run(lambda _: 0.67, 2000, 0.1, step_up)
     assert 0 < far[20:].count(0) < 2000 / 40
-    runs = [run(lambda _: 0.67, 2000, 0.1, step_up, seed=seed)[0] for seed in range(5)]
-    assert 4 * AdaptiveLength.LOOK <= statistics.median(near[20:].count(0) for near in runs) < 2000 / 5
+    assert 4 * AdaptiveLength.LOOK <= near[20:].count(0) < 2000 / 5
 
 
-def test_stops_where_a_position_is_never_accepted():
-    lengths, _ = run(lambda position: 0.95 if position < 3 else 0.0, 400, draft_seconds=0.1)
-    assert 2.5 <= mean_late(lengths) <= 4
+@pytest.mark.parametrize("vocabulary", [1, 50, 4096])
+def test_stops_where_a_position_is_never_accepted(vocabulary):
+    """However often each token came before, after which drafts stood at other positions."""
+    lengths, _ = run(lambda position: 0.95 if position < 3 else 0.0, 400, 0.1, vocabulary=vocabulary)
+    assert 2.5 <= mean_late(lengths) <= 3.6
 
 
 def test_drafts_longer_in_cycles_whose_drafts_are_sure():
@@ -153,7 +156,7 @@ def test_drafts_longer_in_cycles_whose_drafts_are_sure():
     for _ in range(800):
         sure, drafted = chance.random() < 0.5, 0
         while rule.wants_another(drafted, [0], [1000]):
-            rule.saw_draft(torch.tensor([[5.0 if sure else 0.5, 0.0, 0.0]]))
+            rule.saw_draft(torch.tensor([[5.0 if sure else 0.5, 0.0, 0.0]]), NO_CHANCES)
             drafted += 1
         accepted = next((i for i in range(drafted) if chance.random() >= (0.98 if sure else 0.3)), drafted)
         rule.saw_cycle([accepted], [drafted], [0.15] * drafted, 1.0)
@@ -171,7 +174,7 @@ def test_ends_before_what_follows_a_token_that_foretells_nothing():
         while rule.wants_another(drafted, [words[drafted]], [1000]):
             if cycle >= 300 and drafted > 0 and rule._planned is None:
                 went_on[words[drafted] == 7].append(True)
-            rule.saw_draft(CONFIDENT)
+            rule.saw_draft(CONFIDENT, NO_CHANCES)
             drafted += 1
         if cycle >= 300 and 0 < drafted < AdaptiveLength.LONGEST and rule._planned is None:
             went_on[words[drafted] == 7].append(False)
@@ -217,7 +220,7 @@ def test_drafts_for_the_text_that_lags_and_not_for_one_at_its_end():
     for cycle in range(900):
         drafted, left = 0, list(lengths)[cycle % 3]
         while rule.wants_another(drafted, [1, 2], list(left)):
-            rule.saw_draft(CONFIDENT.expand(2, -1))
+            rule.saw_draft(CONFIDENT.expand(2, -1), NO_CHANCES)
             drafted += 1
         accepted = [next((i for i in range(drafted) if chance.random() >= p), drafted) for p in (0.95, 0.1)]
         rule.saw_cycle(accepted, [drafted, drafted], [0.25] * drafted, 1.0)
@@ -226,6 +229,36 @@ def test_drafts_for_the_text_that_lags_and_not_for_one_at_its_end():
     assert first > both + 1 and both > second + 1
     assert rule._weights([7]) == [1.0] and rule._weights([0, 9])[0] == 0.0
     assert sum(rule._weights([90, 100, 50])) == pytest.approx(3.0)
+
+
+def test_keeps_texts_in_step_where_every_third_token_cannot_be_foreseen():
+    """After two drafts a cycle's first token, the target's own, is that third one; after one draft it is wasted.
+
+    Eight texts that go on so but for a token in fifty; two drafts are best, and bring all of them in step.
+    """
+
+    def seconds(drafts: int) -> float:
+        return 8.0 + 4.5 * drafts
+
+    def per_second(rule) -> float:
+        chance, places, tokens, time = random.Random(0), [0] * 8, 0, 0.0
+        for cycle in range(600):
+            drafted = 0
+            # The token drafted after tells nothing: else the rule would see where a third one comes.
+            while rule.wants_another(drafted, [chance.randrange(4096) for _ in places], [1000] * 8):
+                rule.saw_draft(CONFIDENT.expand(8, -1), NO_CHANCES)
+                drafted += 1
+            stands = [[(place + i) % 3 > 0 and chance.random() < 0.98 for i in range(1, 17)] for place in places]
+            accepted = [next((i for i in range(drafted) if not row[i]), drafted) for row in stands]
+            places = [place + 1 + stood for place, stood in zip(places, accepted, strict=True)]
+            rule.saw_cycle(accepted, [drafted] * 8, [0.0] * drafted, seconds(drafted))
+            if cycle >= 200:
+                tokens, time = tokens + 8 + sum(accepted), time + seconds(drafted)
+        return tokens / time
+
+    fixed = [per_second(FixedLength(length)) for length in range(6)]
+    assert fixed.index(max(fixed)) == 2
+    assert per_second(AdaptiveLength()) > 0.97 * fixed[2]
 
 
 def test_follows_costs_that_change():
@@ -249,7 +282,7 @@ def test_a_smaller_batch_costs_one_plain_cycle_where_drafting_is_far_better():
 
 def test_every_number_of_texts_costs_one_plain_cycle_at_most_until_it_lasts():
     """Drafting gains little, so that plain decoding is looked at with warm caches; but not for each text's end."""
-    lengths, rule = run(lambda _: 0.75, 200, 0.1, step_up, texts=8)
+    lengths, rule = run(lambda _: 0.75, 400, 0.1, step_up, texts=8)
     assert lengths.count(0) > 2 * AdaptiveLength.LOOK
     for texts in (5, 2, 1):
         fewer, _ = run(lambda _: 0.75, 12, 0.1, step_up, rule=rule, texts=texts)

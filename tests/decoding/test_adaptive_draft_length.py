@@ -172,11 +172,11 @@ def test_ends_before_what_follows_a_token_that_foretells_nothing():
         words = [chance.randrange(10) for _ in range(AdaptiveLength.LONGEST + 1)]
         drafted = 0
         while rule.wants_another(drafted, [words[drafted]], [1000]):
-            if cycle >= 300 and drafted > 0 and rule._planned is None:
+            if cycle >= 300 and drafted >= rule.LEAST and rule._planned is None:
                 went_on[words[drafted] == 7].append(True)
             rule.saw_draft(CONFIDENT, NO_CHANCES)
             drafted += 1
-        if cycle >= 300 and 0 < drafted < AdaptiveLength.LONGEST and rule._planned is None:
+        if cycle >= 300 and rule.LEAST <= drafted < AdaptiveLength.LONGEST and rule._planned is None:
             went_on[words[drafted] == 7].append(False)
         stands = [word != 7 and chance.random() < 0.95 for word in words]
         accepted = next((i for i in range(drafted) if not stands[i]), drafted)
@@ -223,7 +223,7 @@ def test_drafts_for_the_text_that_lags_and_not_for_one_at_its_end():
             rule.saw_draft(CONFIDENT.expand(2, -1), NO_CHANCES)
             drafted += 1
         accepted = [next((i for i in range(drafted) if chance.random() >= p), drafted) for p in (0.95, 0.1)]
-        rule.saw_cycle(accepted, [drafted, drafted], [0.25] * drafted, 1.0)
+        rule.saw_cycle(accepted, [drafted, drafted], [0.2] * drafted, 1.0)
         lengths[left].append(drafted)
     first, both, second = map(mean_late, lengths.values())
     assert first > both + 1 and both > second + 1

@@ -17,10 +17,11 @@ class DraftLength(Protocol):
     nothing.
     """
 
-    def wants_another(self, drafted: int, tokens: list[int], left: list[int]) -> bool:
+    def wants_another(self, drafted: int, tokens: list[int], left: list[int], longest: int) -> bool:
         """Draft once more, with `drafted` tokens drafted in this cycle? 0 begins a cycle.
 
         Of each text, its last token, and how many more it may draft: 0 where it is at its end and only goes along.
+        `longest`: tokens of the longest text, its prompt included, when the cycle began.
         """
 
     def saw_draft(self, logits_BV: Tensor, q: Tensor) -> None:
@@ -40,7 +41,7 @@ class FixedLength:
     def __init__(self, length: int):
         self.length = length
 
-    def wants_another(self, drafted: int, tokens: list[int], left: list[int]) -> bool:
+    def wants_another(self, drafted: int, tokens: list[int], left: list[int], longest: int) -> bool:
         """See `DraftLength`."""
         return drafted < self.length
 
@@ -125,11 +126,12 @@ class AdaptiveLength:
         self._bins: list[list[int]] = []  # position, text → bin of confidence
         self._alive: list[float] = []  # text → s
 
-    def wants_another(self, drafted: int, tokens: list[int], left: list[int]) -> bool:
+    def wants_another(self, drafted: int, tokens: list[int], left: list[int], longest: int) -> bool:
         """See `DraftLength`."""
         if drafted == 0:
             self._tokens, self._bins, self._alive = [], [], [1.0] * len(tokens)
-            if self._estimated_for not in (0, len(tokens)):
+            shorter, self._rest_seconds.length = longest < self._rest_seconds.length, longest
+            if self._estimated_for and (shorter or self._estimated_for != len(tokens)):
                 self._begin_with(len(tokens))
         self._tokens.append(tokens)
         if self._planned is not None:
@@ -186,12 +188,16 @@ class AdaptiveLength:
                 counts[1] = counts[1] * self.TOKEN_FADING + 1
 
     def _begin_with(self, texts: int) -> None:
-        """A cycle with another number of texts than the last: costs and rate are others, and a look was for the last.
+        """A cycle of other texts than the last: costs and rate are others.
 
-        Where drafting pays for so many it drafts at once, whatever was planned.
+        Where it is another number of texts, a look, which was for the last number, is over; and where drafting pays
+        for so many it drafts at once, whatever was planned.
         """
-        self._texts, self._look = texts, 0
+        as_many, self._texts = self._texts == texts, texts
         self._estimate()
+        if as_many:
+            return
+        self._look = 0
         if self._rate * self._rest_seconds.at(texts) > texts:
             self._planned = None
 
@@ -298,27 +304,39 @@ class AdaptiveLength:
 
 
 class Seconds:
-    """What something costs, by how many texts it is done for and the drafts of each: medians of the last times."""
+    """What something costs, by how many texts it is done for and the drafts of each: medians of the last times.
+
+    All at `length`, tokens of the longest text: costs grow with it by the factor 1 + growth · length, with that of
+    GROWTHS by which measurements of the same texts and drafts agree best. Without a cache they grow nearly in
+    proportion.
+    """
 
     KEPT = 9
     OTHERS = 0.03  # what a measurement with another number of texts is worth
     LINE = 2.0  # measurements with so many drafts that the line is worth
+    GROWTHS = (0.0, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 4)
+    FADING = 0.98  # of disagreement (squared, in logarithms) with each measurement
+    STEADY = 0.02  # of disagreement, by which any growth must be better than none
 
     def __init__(self) -> None:
+        self.length = 0
         # Number of texts → drafts of each → …
-        self._measured: dict[int, dict[int, deque[float]]] = {}
-        self._medians: dict[int, dict[int, float]] = {}
-        self._plain: dict[int, float] = {}  # number of texts → the median without drafts
+        self._measured: dict[int, dict[int, deque[tuple[int, float]]]] = {}  # length and seconds
+        self._medians: dict[int, dict[int, float]] = {}  # of seconds at length 0, as are these, where none are drafted:
+        self._plain: dict[int, float] = {}
+        self._growth = 0.0
+        self._disagreement = [0.0] * len(self.GROWTHS)
 
     def add(self, texts: int, drafts: int, seconds: float) -> None:
         """One measurement."""
         kept = self._measured.setdefault(texts, {}).setdefault(drafts, deque(maxlen=self.KEPT))
-        kept.append(seconds)
-        # Of an even number the smaller one: what disturbs a measurement makes it longer, above all the first.
-        median = sorted(kept)[(len(kept) - 1) // 2]
-        self._medians.setdefault(texts, {})[drafts] = median
-        if not drafts:
-            self._plain[texts] = median
+        length, before = kept[-1] if kept else (0, 0.0)
+        if self.length and before > 0.0 and seconds > 0.0:  # a coarse clock may say 0
+            for i, growth in enumerate(self.GROWTHS):
+                ratio = seconds / before * (1.0 + growth * length) / (1.0 + growth * self.length)
+                self._disagreement[i] = self.FADING * self._disagreement[i] + math.log(ratio) ** 2
+        kept.append((self.length, seconds))
+        self._find_median(texts, drafts)
 
     def has_about(self, texts: int, times: int = 1) -> bool:
         """Was this number of texts measured so often without drafts, or one less than twice or more than half of it?"""
@@ -328,6 +346,44 @@ class Seconds:
 
     def at(self, texts: int) -> float:
         """Seconds for so many texts without drafts, on the line between measured numbers, or the nearest."""
+        return (1.0 + self._growth * self.length) * self._at_length_0(texts)
+
+    def by_drafts(self, texts: int, longest: int) -> list[float]:
+        """Seconds of a cycle with 0 … `longest` drafts of each text.
+
+        Kernels work in blocks, so that costs have steps: each number of drafts tends to its own median, from the line.
+        """
+        self._find_growth()
+        start, slope = self._line(texts)
+        measured, medians = self._measured.get(texts, {}), self._medians.get(texts, {})
+        seconds = [self._at_length_0(texts)]
+        for drafts in range(1, longest + 1):
+            line = start + slope * drafts
+            if drafts in medians:
+                times = len(measured[drafts])
+                line = (times * medians[drafts] + self.LINE * line) / (times + self.LINE)
+            seconds.append(line)
+        grown = 1.0 + self._growth * self.length
+        return [grown * s for s in seconds]
+
+    def _find_growth(self) -> None:
+        growing = min(range(1, len(self.GROWTHS)), key=self._disagreement.__getitem__)
+        grows = self._disagreement[growing] + self.STEADY < self._disagreement[0]
+        growth = self.GROWTHS[growing] if grows else 0.0
+        if growth != self._growth:
+            self._growth = growth
+            for texts, measured in self._measured.items():
+                for drafts in measured:
+                    self._find_median(texts, drafts)
+
+    def _find_median(self, texts: int, drafts: int) -> None:
+        kept = sorted(seconds / (1.0 + self._growth * length) for length, seconds in self._measured[texts][drafts])
+        # Of an even number the smaller one: what disturbs a measurement makes it longer, above all the first.
+        self._medians.setdefault(texts, {})[drafts] = median = kept[(len(kept) - 1) // 2]
+        if not drafts:
+            self._plain[texts] = median
+
+    def _at_length_0(self, texts: int) -> float:
         if texts in self._plain:
             return self._plain[texts]
         plain = sorted(self._plain)
@@ -337,8 +393,8 @@ class Seconds:
         share = (texts - plain[below]) / (plain[above] - plain[below]) if above > below else 0.0
         return low + share * (high - low)
 
-    def with_drafts(self, texts: int) -> tuple[float, float]:
-        """Seconds of a cycle with drafts: start and slope, by drafts of each text, of the line that fits best.
+    def _line(self, texts: int) -> tuple[float, float]:
+        """Seconds of a cycle with drafts, at length 0: start and slope, by drafts of each text, of the best line.
 
         Its points are multiples of what as many texts cost without drafts, so that those of other numbers of texts are
         of use too. Cycles without drafts count for little: the first step up is often the steepest. But they give the
@@ -346,7 +402,7 @@ class Seconds:
         """
         n = x = y = xx = xy = 0.0
         for other, medians in self._medians.items():
-            plain, worth = self.at(other), 1.0 if other == texts else self.OTHERS
+            plain, worth = self._at_length_0(other), 1.0 if other == texts else self.OTHERS
             for drafts, seconds in medians.items():
                 multiple, times = seconds / plain, len(self._measured[other][drafts])
                 # Noise grows with what is measured.
@@ -355,21 +411,5 @@ class Seconds:
                 xx, xy = xx + weight * drafts**2, xy + weight * drafts * multiple
         spread = n * xx - x * x
         slope = max((n * xy - x * y) / spread, 0.0) if spread > 0.0 else 0.0
-        plain = self.at(texts)
+        plain = self._at_length_0(texts)
         return plain * (y - slope * x) / n, plain * slope
-
-    def by_drafts(self, texts: int, longest: int) -> list[float]:
-        """Seconds of a cycle with 0 … `longest` drafts of each text.
-
-        Kernels work in blocks, so that costs have steps: each number of drafts tends to its own median, from the line.
-        """
-        start, slope = self.with_drafts(texts)
-        measured, medians = self._measured.get(texts, {}), self._medians.get(texts, {})
-        seconds = [self.at(texts)]
-        for drafts in range(1, longest + 1):
-            line = start + slope * drafts
-            if drafts in medians:
-                times = len(measured[drafts])
-                line = (times * medians[drafts] + self.LINE * line) / (times + self.LINE)
-            seconds.append(line)
-        return seconds

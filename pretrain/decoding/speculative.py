@@ -108,7 +108,8 @@ def generate_batch(
         going_on = [row for row, end in enumerate(ends) if not end]
         batch, first_B, room = batch.keep(going_on), first_B[going_on], [room[row] for row in going_on]
 
-        tokens_BT, drafted, accepted = _cycle(way, batch, first_B, room, cycle_start)
+        longest = max(len(prompts[number]) + len(texts[number]) for number in batch.numbers)
+        tokens_BT, drafted, accepted = _cycle(way, batch, first_B, room, longest, cycle_start)
         kept = [row[: stood + 1] for row, stood in zip(tokens_BT.tolist(), accepted, strict=True)]
         for row, new in enumerate(kept):
             add(row, new, drafted[row])
@@ -182,14 +183,16 @@ def _prefill(way: _Way, trunk: Trunk, prompts: Sequence[Sequence[int]]) -> _Batc
 
 
 def _cycle(
-    way: _Way, batch: _Batch, first_B: Tensor, room: list[int], start: float
+    way: _Way, batch: _Batch, first_B: Tensor, room: list[int], longest: int, start: float
 ) -> tuple[Tensor, list[int], list[int]]:
-    """Draft after `first_B`, verify, and move the batch on to the last tokens that stand; the cycle began at `start`.
+    """Draft after `first_B`, verify, and move the batch on to the last tokens that stand.
+
+    The longest text has `longest` tokens; the cycle began at the time `start`.
 
     Returns the tokens (B, 1 + K), first and drafts; how many of a row's are drafts; and how many of those stood.
     """
     drafting_start = way.clock()
-    drafts_BK, q_BKV, counts, draft_seconds = _draft(way, batch.state_BD, first_B, room)
+    drafts_BK, q_BKV, counts, draft_seconds = _draft(way, batch.state_BD, first_B, room, longest)
     drafted = way.clock()
     tokens_BT = torch.cat([first_B[:, None], drafts_BK], dim=1)
     states_BTD = batch.trunk.read(tokens_BT, batch.lengths_B)
@@ -212,7 +215,7 @@ def _cycle(
 
 
 def _draft(
-    way: _Way, state_BD: Tensor, token_B: Tensor, room: list[int]
+    way: _Way, state_BD: Tensor, token_B: Tensor, room: list[int], longest: int
 ) -> tuple[Tensor, Tensor | None, list[int], list[float]]:
     """Draft after `token_B`, at most `room` tokens a row, the last of a row at its first EOS.
 
@@ -227,7 +230,7 @@ def _draft(
         way.draft_step is not None
         and any(left)
         # Asked before the draft is drawn: a decision that saw the draft would bias what is sampled.
-        and way.draft_length.wants_another(len(drafts), tokens, left)
+        and way.draft_length.wants_another(len(drafts), tokens, left, longest)
     ):
         start = way.clock()
         state_BD, logits_BV = way.draft_step(state_BD, token_B)

@@ -26,7 +26,7 @@ def run(acceptance, cycles, draft_seconds=0.1, verify=lambda k: 1.0, rule=None, 
     lengths = []
     for _ in range(cycles):
         drafted = 0
-        while rule.wants_another(drafted, [words.randrange(vocabulary) for _ in range(texts)], [1000] * texts):
+        while rule.wants_another(drafted, [words.randrange(vocabulary) for _ in range(texts)], [1000] * texts, 1):
             rule.saw_draft(CONFIDENT.expand(texts, -1), NO_CHANCES)
             drafted += 1
         accepted = [
@@ -86,7 +86,7 @@ def test_where_drafting_never_pays_it_costs_next_to_nothing_from_the_start(texts
 def test_a_plain_cycle_asks_for_no_draft_and_looks_at_no_logits():
     _, rule = run(lambda _: 0.0, 300, 0.5)
     rule.saw_draft = lambda *_: pytest.fail("nothing is drafted")
-    assert rule._planned == 0 and not rule.wants_another(0, [0], [1000])
+    assert rule._planned == 0 and not rule.wants_another(0, [0], [1000], 1)
 
 
 def test_cheap_sure_drafts_run_long_and_no_longer_than_they_may():
@@ -155,7 +155,7 @@ def test_drafts_longer_in_cycles_whose_drafts_are_sure():
     lengths: dict[bool, list[int]] = {True: [], False: []}
     for _ in range(800):
         sure, drafted = chance.random() < 0.5, 0
-        while rule.wants_another(drafted, [0], [1000]):
+        while rule.wants_another(drafted, [0], [1000], 1):
             rule.saw_draft(torch.tensor([[5.0 if sure else 0.5, 0.0, 0.0]]), NO_CHANCES)
             drafted += 1
         accepted = next((i for i in range(drafted) if chance.random() >= (0.98 if sure else 0.3)), drafted)
@@ -171,7 +171,7 @@ def test_ends_before_what_follows_a_token_that_foretells_nothing():
     for cycle in range(600):
         words = [chance.randrange(10) for _ in range(AdaptiveLength.LONGEST + 1)]
         drafted = 0
-        while rule.wants_another(drafted, [words[drafted]], [1000]):
+        while rule.wants_another(drafted, [words[drafted]], [1000], 1):
             if cycle >= 300 and drafted >= rule.LEAST and rule._planned is None:
                 went_on[words[drafted] == 7].append(True)
             rule.saw_draft(CONFIDENT, NO_CHANCES)
@@ -219,7 +219,7 @@ def test_drafts_for_the_text_that_lags_and_not_for_one_at_its_end():
     lengths: dict[tuple[int, int], list[int]] = {(900, 100): [], (500, 500): [], (100, 900): []}
     for cycle in range(900):
         drafted, left = 0, list(lengths)[cycle % 3]
-        while rule.wants_another(drafted, [1, 2], list(left)):
+        while rule.wants_another(drafted, [1, 2], list(left), 1):
             rule.saw_draft(CONFIDENT.expand(2, -1), NO_CHANCES)
             drafted += 1
         accepted = [next((i for i in range(drafted) if chance.random() >= p), drafted) for p in (0.95, 0.1)]
@@ -245,7 +245,7 @@ def test_keeps_texts_in_step_where_every_third_token_cannot_be_foreseen():
         for cycle in range(600):
             drafted = 0
             # The token drafted after tells nothing: else the rule would see where a third one comes.
-            while rule.wants_another(drafted, [chance.randrange(4096) for _ in places], [1000] * 8):
+            while rule.wants_another(drafted, [chance.randrange(4096) for _ in places], [1000] * 8, 1):
                 rule.saw_draft(CONFIDENT.expand(8, -1), NO_CHANCES)
                 drafted += 1
             stands = [[(place + i) % 3 > 0 and chance.random() < 0.98 for i in range(1, 17)] for place in places]
@@ -314,14 +314,14 @@ def test_one_slow_measurement_changes_nothing():
     seconds = Seconds()
     for value in (9.0, 1.0, 1.1):
         seconds.add(8, 0, value)
-    assert seconds.at(8) == seconds.at(20) == 1.1 and seconds.with_drafts(8) == (1.1, 0.0)
+    assert seconds.at(8) == seconds.at(20) == 1.1 and seconds._line(8) == (1.1, 0.0)
     seconds.add(8, 0, 1.0)
     assert seconds.at(8) == 1.0
     seconds.add(8, 2, 3.0)
-    start, slope = seconds.with_drafts(8)
+    start, slope = seconds._line(8)
     assert start + 2 * slope == pytest.approx(3.0) and slope == pytest.approx(1.0)
     seconds.add(8, 4, 2.0)
-    assert seconds.with_drafts(8)[1] >= 0.0
+    assert seconds._line(8)[1] >= 0.0
 
 
 def test_seconds_by_drafts_are_the_line_until_measured_often():
@@ -329,7 +329,7 @@ def test_seconds_by_drafts_are_the_line_until_measured_often():
     seconds.add(1, 0, 1.0)
     for drafts, cost in ((1, 2.0), (2, 2.0), (3, 3.0), (4, 3.0)):
         seconds.add(1, drafts, cost)
-    start, slope = seconds.with_drafts(1)
+    start, slope = seconds._line(1)
     few = seconds.by_drafts(1, 6)
     assert few[0] == 1.0 and few[5:] == pytest.approx([start + slope * drafts for drafts in (5, 6)])
     assert few[2] == pytest.approx((2.0 + 2 * (start + 2 * slope)) / 3)  # one measurement beside the line's two
@@ -352,6 +352,45 @@ def test_plain_seconds_of_a_number_of_texts_that_was_not_measured():
     assert seconds.has_about(8, times=2) and not seconds.has_about(2, times=2)
 
 
+@pytest.mark.parametrize("growth", [0.0, 1 / 200, 1 / 40, 0.5])
+def test_seconds_follow_the_length_of_texts(growth):
+    """Texts of 20 to 180 tokens, one after the other; the next one begins at 20 again. A tenth of it is noise."""
+    chance, seconds = random.Random(0), Seconds()
+
+    def true(drafts: int) -> float:
+        return (2.0 + 0.1 * drafts) * (1.0 + growth * seconds.length)
+
+    for _ in range(4):
+        for length in range(20, 181, 4):
+            seconds.length = length
+            drafts = chance.choice([0, 1, 2, 5])
+            seconds.add(4, drafts, true(drafts) * chance.uniform(0.95, 1.05))
+    for length in (20, 100, 180):
+        seconds.length = length
+        found = seconds.by_drafts(4, 5)
+        assert found == pytest.approx([true(drafts) for drafts in range(6)], rel=0.15)
+        assert seconds.at(4) == found[0]
+
+
+def test_begins_a_new_text_with_what_short_texts_cost():
+    """Without a cache a verification of a long text is dear, and many drafts pay; for a short one few do."""
+    rule, chance = AdaptiveLength(), random.Random(0)
+    first = []
+    for _ in range(30):
+        length = 10
+        while length < 200:
+            drafted = 0
+            while rule.wants_another(drafted, [0], [1000], length):
+                rule.saw_draft(CONFIDENT, NO_CHANCES)
+                drafted += 1
+            stood = next((i for i in range(drafted) if chance.random() >= 0.8), drafted)
+            first += [(length, drafted)] if length == 10 or length > 150 else []
+            rule.saw_cycle([stood], [drafted], [0.3] * drafted, 0.02 * length)
+            length += 1 + stood
+    short, long = ([drafted for at, drafted in first[40:] if (at == 10) == begins] for begins in (True, False))
+    assert statistics.mean(short) <= 1 and statistics.mean(long) > 3
+
+
 def test_what_drafts_cost_is_learned_from_other_numbers_of_texts_too():
     """Without a cache time grows with the texts, and hardly with the drafts; with many texts at once, with both."""
     for plain, start, slope in ((lambda n: 3.0 * n, 1.0, 0.02), (lambda n: 0.6 + 0.2 * n, 1.2, 0.25)):
@@ -359,7 +398,7 @@ def test_what_drafts_cost_is_learned_from_other_numbers_of_texts_too():
         for texts, drafts in ((8, 0), (8, 5), (3, 0), (3, 2), (3, 13), (1, 0), (1, 8)):
             seconds.add(texts, drafts, plain(texts) * (start + slope * drafts if drafts else 1.0))
         for texts in (8, 3):
-            first, another = seconds.with_drafts(texts)
+            first, another = seconds._line(texts)
             for drafts in (1, 5, 10):
                 expected = plain(texts) * (start + slope * drafts)
                 assert first + another * drafts == pytest.approx(expected, rel=0.12)

@@ -145,8 +145,8 @@ def discard_unlikely_drafts(model, patch):
     """A draft's length that is decided when its last token has been seen."""
     right = speculative_module._draft
 
-    def wrong(way, state, token, room):
-        drafts, q, counts, seconds = right(way, state, token, room)
+    def wrong(way, state, token, *lengths):
+        drafts, q, counts, seconds = right(way, state, token, *lengths)
         for row, count in enumerate(counts):
             counts[row] -= bool(count) and bool(q[row, count - 1, drafts[row, count - 1]] < 0.5)
         return drafts, q, counts, seconds

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pretrain.decoding.coasting import Coasting
+
 
 class DraftLength(Protocol):
     """Decides how many tokens a cycle drafts, and is told what came of it.
@@ -75,7 +77,8 @@ class AdaptiveLength:
     cycle ends best where such a token is its last, as the next one is then the target's own. The weights w (1 on
     average) are larger for texts with more tokens to come: with the others at their end, a batch goes on for its last.
     Where LEAST drafts or more are the best fixed number, a cycle drafts as many: cut short, it leaves the next one's
-    first token, the target's own, to what could be foreseen, and the texts of a batch fall out of step.
+    first token, the target's own, to what could be foreseen, and the texts of a batch fall out of step. And where it
+    gains less than its own time to judge each draft, the usual number is drafted without: see `coasting`.
 
     Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
     decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed
@@ -110,6 +113,8 @@ class AdaptiveLength:
         self._by_confidence = [[0.0, 0.0] for _ in range(self.BINS)]
         self._cycles, self._drafting, self._texts = 0, 0, 1
         self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
+        self._coasts = False  # so many because nearly always so many pay
+        self._coasting: dict[int, Coasting] = {}  # by number of texts
         self._plain_run = self._work = 0  # cycles without drafts in a row, and with
         self._look, self._looked = 0, False  # plain cycles to come, whatever pays; and whether there ever were any
         self._rest = 0  # plain cycles until the next trial
@@ -121,6 +126,7 @@ class AdaptiveLength:
         self._expected: list[float] = []
         self._costs: list[float] = []
         self._demanded: dict[int, float] = {}  # see `_demand`
+        self._left: list[int] = []  # of each text, when the cycle began
         # Of this cycle's drafts.
         self._tokens: list[list[int]] = []  # position, text → the token drafted after
         self._bins: list[list[int]] = []  # position, text → bin of confidence
@@ -129,7 +135,7 @@ class AdaptiveLength:
     def wants_another(self, drafted: int, tokens: list[int], left: list[int], longest: int) -> bool:
         """See `DraftLength`."""
         if drafted == 0:
-            self._tokens, self._bins, self._alive = [], [], [1.0] * len(tokens)
+            self._left, self._tokens, self._bins, self._alive = left, [], [], [1.0] * len(tokens)
             shorter, self._rest_seconds.length = longest < self._rest_seconds.length, longest
             if self._estimated_for and (shorter or self._estimated_for != len(tokens)):
                 self._begin_with(len(tokens))
@@ -141,6 +147,8 @@ class AdaptiveLength:
 
     def saw_draft(self, logits_BV: Tensor, q: Tensor) -> None:
         """See `DraftLength`."""
+        if self._coasts:
+            return
         chances_BV = q if q.is_floating_point() else logits_BV.float().softmax(-1)
         confidences = chances_BV.amax(-1).tolist()
         bins = [min(int(confidence * self.BINS), self.BINS - 1) for confidence in confidences]
@@ -164,12 +172,55 @@ class AdaptiveLength:
         if self._cycles < len(self.FIRST):
             self._planned = min(self.FIRST[self._cycles], self._longest)
             return
+        if steps and not self._judge(accepted, drafted, sum(draft_seconds) + rest):
+            return
         if steps and self._estimated_for == self._texts:
             self._compare(len(accepted) + sum(accepted), steps)
         trial = steps and self._planned is not None
         if trial or self._texts != self._estimated_for or self._cycles % self.ESTIMATE_EVERY == 0:
             self._estimate()
         self._plan(len(accepted) + sum(accepted), sum(draft_seconds) + rest, steps)
+        self._coast()
+
+    def _coast(self) -> None:
+        """Where the next cycle is to draft while it pays, and to judge that is not worth its time: do not."""
+        coasting = self._coasting.get(self._texts)
+        self._coasts = self._planned is None and coasting is not None and coasting.drafts is not None
+        if self._coasts and coasting:
+            self._planned = coasting.drafts
+
+    def _judge(self, accepted: list[int], drafted: list[int], seconds: float) -> bool:
+        """Note what it was worth to judge this cycle's drafts. Are the next ones to be planned?
+
+        Not in the middle of a block that coasts.
+        """
+        coasting = self._coasting.setdefault(self._texts, Coasting())
+        if self._coasts:
+            return coasting.saw_coasted(seconds)
+        if self._planned is not None or self._estimated_for != self._texts:
+            return True
+        steps, usual = len(self._bins), coasting.usual
+        more = 0.0
+        if usual is not None and len(self._tokens) > steps:
+            for weight, stood, token in zip(self._weights(self._left), accepted, self._tokens[-1], strict=True):
+                more += weight * (stood - self._would_stand(stood, steps, token, usual))
+            more -= self._rate * (self._costs[steps] - self._costs[usual])
+        coasting.saw_judged(steps, more, len(accepted) + sum(accepted), seconds)
+        return True
+
+    def _would_stand(self, stood: int, drafted: int, token: int, drafts: int) -> float:
+        """Of another number of drafts, where so many stood of those drafted, the last one `token`.
+
+        Of those that were not drafted it is the chance.
+        """
+        if stood < drafted or drafts <= drafted:
+            return min(stood, drafts)
+        alive = self._after(token, self._acceptance[drafted])
+        tokens = stood + alive
+        for chance in self._acceptance[drafted + 1 : drafts]:
+            alive *= chance
+            tokens += alive
+        return tokens
 
     def _count(self, accepted: list[int], drafted: list[int]) -> None:
         """What stood, by position, by confidence, and by the token before."""
@@ -180,9 +231,13 @@ class AdaptiveLength:
                 counts[1] *= self.FADING
         for text, (stood, made) in enumerate(zip(accepted, drafted, strict=True)):
             for position in range(min(stood + 1, made)):  # later ones were never compared
-                for counts in (self._by_position[position], self._by_confidence[self._bins[position][text]]):
-                    counts[0] += position < stood
-                    counts[1] += 1
+                self._by_position[position][0] += position < stood
+                self._by_position[position][1] += 1
+                if self._coasts:
+                    continue
+                counts = self._by_confidence[self._bins[position][text]]
+                counts[0] += position < stood
+                counts[1] += 1
                 counts = self._by_token.setdefault(self._tokens[position][text], [0.0, 0.0])
                 counts[0] = counts[0] * self.TOKEN_FADING + (position < stood)
                 counts[1] = counts[1] * self.TOKEN_FADING + 1
@@ -195,6 +250,10 @@ class AdaptiveLength:
         """
         as_many, self._texts = self._texts == texts, texts
         self._estimate()
+        if texts in self._coasting:
+            self._coasting[texts].judge_again()
+        if self._coasts:
+            self._coasts, self._planned = False, None
         if as_many:
             return
         self._look = 0

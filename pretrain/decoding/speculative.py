@@ -97,7 +97,6 @@ def generate_batch(
             on_tokens(batch.numbers[row], new)
 
     while batch.numbers:
-        cycle_start = clock()
         first_B = draw(batch.next, generator)
         room = [max_new_tokens - len(texts[number]) - 1 for number in batch.numbers]
         ends = [left == 0 or token == eos_id for left, token in zip(room, first_B.tolist(), strict=True)]
@@ -109,7 +108,7 @@ def generate_batch(
         batch, first_B, room = batch.keep(going_on), first_B[going_on], [room[row] for row in going_on]
 
         longest = max(len(prompts[number]) + len(texts[number]) for number in batch.numbers)
-        tokens_BT, drafted, accepted = _cycle(way, batch, first_B, room, longest, cycle_start)
+        tokens_BT, drafted, accepted = _cycle(way, batch, first_B, room, longest)
         kept = [row[: stood + 1] for row, stood in zip(tokens_BT.tolist(), accepted, strict=True)]
         for row, new in enumerate(kept):
             add(row, new, drafted[row])
@@ -158,6 +157,8 @@ class _Batch:
     """The true hidden state of the last of them."""
     next: Tensor
     """What the next token is drawn from: `sampling.distribution`."""
+    since: float
+    """When the last cycle's forward pass was over."""
 
     def keep(self, rows: list[int]) -> _Batch:
         """The batch with these rows alone."""
@@ -166,7 +167,7 @@ class _Batch:
         rows_B = torch.tensor(rows, dtype=torch.long, device=self.lengths_B.device)
         self.trunk.keep(rows_B)
         numbers = [self.numbers[row] for row in rows]
-        return _Batch(self.trunk, numbers, self.lengths_B[rows_B], self.state_BD[rows_B], self.next[rows_B])
+        return _Batch(self.trunk, numbers, self.lengths_B[rows_B], self.state_BD[rows_B], self.next[rows_B], self.since)
 
 
 def _prefill(way: _Way, trunk: Trunk, prompts: Sequence[Sequence[int]]) -> _Batch:
@@ -178,16 +179,17 @@ def _prefill(way: _Way, trunk: Trunk, prompts: Sequence[Sequence[int]]) -> _Batc
     states_BTD = trunk.read(tokens_BT, torch.zeros_like(lengths_B))
     state_BD = states_BTD[torch.arange(len(prompts), device=device), lengths_B - 1]
     following = distribution(way.model.lm_head(state_BD), way.sampling)
-    way.statistics.prefill_seconds = way.clock() - start
-    return _Batch(trunk, list(range(len(prompts))), lengths_B, state_BD, following)
+    end = way.clock()
+    way.statistics.prefill_seconds = end - start
+    return _Batch(trunk, list(range(len(prompts))), lengths_B, state_BD, following, end)
 
 
 def _cycle(
-    way: _Way, batch: _Batch, first_B: Tensor, room: list[int], longest: int, start: float
+    way: _Way, batch: _Batch, first_B: Tensor, room: list[int], longest: int
 ) -> tuple[Tensor, list[int], list[int]]:
     """Draft after `first_B`, verify, and move the batch on to the last tokens that stand.
 
-    The longest text has `longest` tokens; the cycle began at the time `start`.
+    The longest text has `longest` tokens.
 
     Returns the tokens (B, 1 + K), first and drafts; how many of a row's are drafts; and how many of those stood.
     """
@@ -208,9 +210,10 @@ def _cycle(
     batch.state_BD = states_BTD[torch.arange(len(first_B), device=first_B.device), accepted_B]
     batch.lengths_B = batch.lengths_B + 1 + accepted_B
     accepted = accepted_B.tolist()
-    end = way.clock()
-    way.draft_length.saw_cycle(accepted, counts, draft_seconds, end - start - sum(draft_seconds))
-    way.statistics.count_steps(drafts_BK.shape[1], drafted - drafting_start, end - drafted)
+    start, batch.since = batch.since, way.clock()
+    rest = batch.since - start - sum(draft_seconds)  # with all that was done between the cycles
+    way.draft_length.saw_cycle(accepted, counts, draft_seconds, rest)
+    way.statistics.count_steps(drafts_BK.shape[1], drafted - drafting_start, batch.since - drafted)
     return tokens_BT, counts, accepted
 
 

@@ -13,6 +13,7 @@ from pretrain import latent_dynamics
 from pretrain.decoding import (
     accounting,
     captured,
+    coasting,
     draft_length,
     drafting,
     dynamics_folder,
@@ -22,7 +23,18 @@ from pretrain.decoding import (
     trunk,
 )
 
-MODULES = (accounting, captured, draft_length, drafting, dynamics_folder, latent_dynamics, sampling, speculative, trunk)
+MODULES = (
+    accounting,
+    captured,
+    coasting,
+    draft_length,
+    drafting,
+    dynamics_folder,
+    latent_dynamics,
+    sampling,
+    speculative,
+    trunk,
+)
 ERRORS = '''"""What is raised for a user's mistake."""
 
 

@@ -172,7 +172,7 @@ class AdaptiveLength:
         if self._cycles < len(self.FIRST):
             self._planned = min(self.FIRST[self._cycles], self._longest)
             return
-        if steps and not self._judge(accepted, drafted, sum(draft_seconds) + rest):
+        if steps and not self._judge(accepted, sum(draft_seconds) + rest):
             return
         if steps and self._estimated_for == self._texts:
             self._compare(len(accepted) + sum(accepted), steps)
@@ -189,7 +189,7 @@ class AdaptiveLength:
         if self._coasts and coasting:
             self._planned = coasting.drafts
 
-    def _judge(self, accepted: list[int], drafted: list[int], seconds: float) -> bool:
+    def _judge(self, accepted: list[int], seconds: float) -> bool:
         """Note what it was worth to judge this cycle's drafts. Are the next ones to be planned?
 
         Not in the middle of a block that coasts.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections import deque
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from pretrain.decoding.coasting import Coasting
+from pretrain.decoding.seconds import Seconds
 
 
 class DraftLength(Protocol):
@@ -54,6 +54,48 @@ class FixedLength:
         """See `DraftLength`."""
 
 
+@dataclass(slots=True)
+class _Cycle:
+    """What there is to learn from a cycle."""
+
+    accepted: list[int]
+    drafted: list[int]
+    steps: int
+    draft_seconds: float
+    rest: float
+    longest: int
+    judged: bool
+    coasted: bool
+    left: list[int]  # of each text, when the cycle began
+    tokens: list[list[int]]  # position, text → the token drafted after
+    bins: list[list[int]]  # position, text → bin of confidence
+
+    @property
+    def made(self) -> int:
+        """Tokens of all texts."""
+        return len(self.accepted) + sum(self.accepted)
+
+    @property
+    def seconds(self) -> float:
+        """All of its time."""
+        return self.draft_seconds + self.rest
+
+
+@dataclass(slots=True)
+class _Coasted:
+    """Cycles that were not judged, taken together."""
+
+    cycles: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """One more."""
+        self.cycles += 1
+        self.tokens += tokens
+        self.seconds += seconds
+
+
 class AdaptiveLength:
     """Draft on while it pays, from what was seen so far; not at all where no length does.
 
@@ -88,12 +130,15 @@ class AdaptiveLength:
     LONGEST = 16
     FIRST = (0, 0, 0, 3)  # lengths of the first cycles, to learn the costs
     LOSS = 0.005  # of the time, by trials of drafts where they do not pay, and by looks at plain decoding where they do
+    LOOKS_LOSS = 0.002
     LOOK, COLD = 8, 4  # plain cycles in a row to see what one costs; the first ones find cold caches, and do not count
     NEAR = 1.6  # speed-up over a cold plain cycle, below which a warm one must be known
     SHORTEST_WORK = 128  # cycles with drafts between two looks
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
     EXPLORE_EVERY = 96  # cycles, one drafts two tokens more than the last
     ESTIMATE_EVERY = 4  # cycles: a small model's take less than a millisecond
+    NEARLY_BEST = 0.95
+    SAMPLE = 3  # cycles of a block that coasts, from which is learned as from others
     LEAST = 2  # drafts of a cycle that drafts, where no fewer are the best of all fixed numbers
     FADING = 0.96  # of counts, in as many cycles that draft: what was given up is tried again some time
     ACHIEVED_FADING, TRUST = 0.97, 30.0  # of r as achieved; how many cycles the expected r is worth
@@ -120,93 +165,148 @@ class AdaptiveLength:
         self._rest = 0  # plain cycles until the next trial
         self._patience = self.SHORTEST_REST  # no more of them than this, which doubles with every trial in vain
         # What is expected of a cycle: see `_estimate`.
-        self._estimated_for, self._best, self._rate = 0, 0, 0.0
+        self._estimated_for, self._best, self._rate, self._least = 0, 0, 0.0, 1
         self._achieved = [0.0, 0.0]  # tokens of the last cycles with drafts, and those that were expected of them
         self._acceptance: list[float] = []
         self._expected: list[float] = []
         self._costs: list[float] = []
         self._demanded: dict[int, float] = {}  # see `_demand`
         self._left: list[int] = []  # of each text, when the cycle began
-        # Of this cycle's drafts.
-        self._tokens: list[list[int]] = []  # position, text → the token drafted after
-        self._bins: list[list[int]] = []  # position, text → bin of confidence
-        self._alive: list[float] = []  # text → s
+        # Of this cycle's drafts, as in `_Cycle`.
+        self._tokens: list[list[int]] = []
+        self._bins: list[list[int]] = []
+        self._alive: list[float] | None = None  # text → s, with the first drafts `_followed`
+        self._followed = 0
+        self._seen: list[_Cycle] = []  # nothing learned from them yet
+        self._coasted = _Coasted()
+        self._observes = True  # this cycle's drafts
+        self._new = 0  # cycles of so many texts as never before, each to be learned from at once
 
     def wants_another(self, drafted: int, tokens: list[int], left: list[int], longest: int) -> bool:
         """See `DraftLength`."""
         if drafted == 0:
-            self._left, self._tokens, self._bins, self._alive = left, [], [], [1.0] * len(tokens)
+            self._left, self._tokens, self._bins, self._alive = left, [], [], None
             shorter, self._rest_seconds.length = longest < self._rest_seconds.length, longest
             if self._estimated_for and (shorter or self._estimated_for != len(tokens)):
                 self._begin_with(len(tokens))
-        self._tokens.append(tokens)
+            self._observes = self._planned is None or (self._coasts and self._coasted.cycles < self.SAMPLE)
+        if self._observes:
+            self._tokens.append(tokens)
         if self._planned is not None:
             return drafted < self._planned
-        least = max(min(self._best, self.LEAST), 1)
-        return drafted < least or (drafted < self._longest and self._pays(drafted, left))
+        return drafted < self._least or (drafted < self._longest and self._pays(drafted, left))
 
     def saw_draft(self, logits_BV: Tensor, q: Tensor) -> None:
         """See `DraftLength`."""
-        if self._coasts:
+        if not self._observes:
             return
         chances_BV = q if q.is_floating_point() else logits_BV.float().softmax(-1)
         confidences = chances_BV.amax(-1).tolist()
-        bins = [min(int(confidence * self.BINS), self.BINS - 1) for confidence in confidences]
-        self._bins.append(bins)
-        self._alive = [
-            s * self._after(token, self._confident(b))
-            for s, token, b in zip(self._alive, self._tokens[-1], bins, strict=True)
-        ]
+        self._bins.append([min(int(confidence * self.BINS), self.BINS - 1) for confidence in confidences])
 
     def saw_cycle(self, accepted: list[int], drafted: list[int], draft_seconds: list[float], rest: float) -> None:
-        """See `DraftLength`."""
+        """See `DraftLength`.
+
+        What a cycle has to teach is learned every few cycles: most cycles are too short to be spent on it.
+        """
         self._cycles += 1
-        self._texts, steps = len(accepted), len(draft_seconds)
-        self._plain_run, self._work = (0, self._work + 1) if steps else (self._plain_run + 1, 0)
-        warm = steps or self._plain_run > self.COLD
-        if warm or self._cycles <= len(self.FIRST) or not self._rest_seconds.has_about(self._texts):
-            self._rest_seconds.add(self._texts, steps, rest)
-        if steps:
-            self._draft_seconds.add(self._texts, 0, sum(draft_seconds) / steps)
-            self._count(accepted, drafted)
+        self._texts = len(accepted)
+        if self._coasts:
+            self._coasted.add(len(accepted) + sum(accepted), sum(draft_seconds) + rest)
+            over = self._coasted.cycles == self._coasting_of(self._texts).left
+        else:
+            often = self._cycles % self.ESTIMATE_EVERY == 0 or self._new > 0
+            over, self._new = self._planned is not None or often, self._new - 1
+        if self._coasted.cycles <= self.SAMPLE:
+            judged = self._planned is None and self._estimated_for == self._texts
+            self._seen.append(
+                _Cycle(
+                    *(accepted, drafted, len(draft_seconds), sum(draft_seconds), rest, self._rest_seconds.length),
+                    *(judged, self._coasts, self._left, self._tokens, self._bins),
+                )
+            )
+        if over or self._estimated_for != self._texts:
+            self._learn()
+
+    def _learn(self) -> None:
+        """From the cycles seen, and decide about the next ones."""
+        last = self._seen[-1]
+        self._take_in()
         if self._cycles < len(self.FIRST):
             self._planned = min(self.FIRST[self._cycles], self._longest)
             return
-        if steps and not self._judge(accepted, sum(draft_seconds) + rest):
-            return
-        if steps and self._estimated_for == self._texts:
-            self._compare(len(accepted) + sum(accepted), steps)
-        trial = steps and self._planned is not None
-        if trial or self._texts != self._estimated_for or self._cycles % self.ESTIMATE_EVERY == 0:
+        plain = not last.steps and self._cycles % self.ESTIMATE_EVERY
+        if self._texts != self._estimated_for or not plain:
             self._estimate()
-        self._plan(len(accepted) + sum(accepted), sum(draft_seconds) + rest, steps)
+        self._plan(last)
         self._coast()
+
+    def _take_in(self) -> None:
+        """Count what the last cycles gave, and what they took."""
+        seen = self._seen
+        for cycle in seen:
+            texts, steps = len(cycle.accepted), cycle.steps
+            self._plain_run, self._work = (0, self._work + 1) if steps else (self._plain_run + 1, 0)
+            warm = steps or self._plain_run > self.COLD
+            if warm or self._cycles <= len(self.FIRST) or not self._rest_seconds.has_about(texts):
+                self._rest_seconds.add(texts, steps, cycle.rest, cycle.longest)
+            if steps:
+                self._draft_seconds.add(texts, 0, cycle.draft_seconds / steps)
+                self._count(cycle)
+                self._judge(cycle)
+                if self._estimated_for == texts:
+                    self._compare(cycle)
+        coasted, self._seen, self._coasted = self._coasted, [], _Coasted()
+        if coasted.cycles:
+            self._work += max(coasted.cycles - self.SAMPLE, 0)
+            plain = texts * coasted.seconds / self._costs[0]
+            ratios = [cycle.seconds / self._costs[0] for cycle in seen]
+            self._coasting_of(texts).saw_coasted(coasted.cycles, coasted.tokens, plain, ratios)
+
+    def _coasting_of(self, texts: int) -> Coasting:
+        """Numbers of texts that differ little share what they know."""
+        return self._coasting.setdefault(round(math.log2(texts)), Coasting(texts))
 
     def _coast(self) -> None:
         """Where the next cycle is to draft while it pays, and to judge that is not worth its time: do not."""
-        coasting = self._coasting.get(self._texts)
-        self._coasts = self._planned is None and coasting is not None and coasting.drafts is not None
-        if self._coasts and coasting:
-            self._planned = coasting.drafts
-
-    def _judge(self, accepted: list[int], seconds: float) -> bool:
-        """Note what it was worth to judge this cycle's drafts. Are the next ones to be planned?
-
-        Not in the middle of a block that coasts.
-        """
-        coasting = self._coasting.setdefault(self._texts, Coasting())
+        drafts = self._coasting_of(self._texts).drafts
+        self._coasts = self._planned is None and drafts is not None and self._nearly_best(drafts)
         if self._coasts:
-            return coasting.saw_coasted(seconds)
-        if self._planned is not None or self._estimated_for != self._texts:
-            return True
-        steps, usual = len(self._bins), coasting.usual
-        more = 0.0
-        if usual is not None and len(self._tokens) > steps:
-            for weight, stood, token in zip(self._weights(self._left), accepted, self._tokens[-1], strict=True):
-                more += weight * (stood - self._would_stand(stood, steps, token, usual))
-            more -= self._rate * (self._costs[steps] - self._costs[usual])
-        coasting.saw_judged(steps, more, len(accepted) + sum(accepted), seconds)
-        return True
+            self._planned = drafts
+
+    def _nearly_best(self, drafts: int) -> bool:
+        """Where costs grow with the texts, the usual number may be far from it for short or long ones."""
+        best = self._expected[self._best] / self._costs[self._best]
+        return self._expected[drafts] / self._costs[drafts] > self.NEARLY_BEST * best
+
+    def _judge(self, cycle: _Cycle) -> None:
+        """Note what it was worth to judge this cycle's drafts."""
+        if not cycle.judged:
+            return
+        coasting = self._coasting_of(len(cycle.accepted))
+        if coasting.drafts is None:
+            seconds = cycle.seconds / self._costs[0]
+            plain = len(cycle.accepted) * seconds
+            coasting.saw_judged(cycle.steps, *self._gained(cycle, coasting.usual), cycle.made, plain, seconds)
+
+    def _gained(self, cycle: _Cycle, usual: int | None) -> tuple[float, float]:
+        """What a judged cycle gave more than `usual` drafts would have in as much time: as foreseen, and in truth."""
+        if usual is None or len(cycle.tokens) <= cycle.steps:
+            return 0.0, 0.0
+        later = self._rate * (self._costs[cycle.steps] - self._costs[usual])
+        foreseen = gained = -later
+        for text, weight in enumerate(self._weights(cycle.left)):
+            alive = [1.0]
+            for tokens, bins in zip(cycle.tokens, cycle.bins, strict=False):
+                alive.append(alive[-1] * self._after(tokens[text], self._confident(bins[text])))
+            stood, token = cycle.accepted[text], cycle.tokens[cycle.steps][text]
+            if usual <= cycle.steps:
+                foreseen += weight * sum(alive[usual + 1 :])
+            else:
+                more = self._would_stand(cycle.steps, cycle.steps, token, usual) - cycle.steps
+                foreseen -= weight * alive[-1] * more
+            gained += weight * (stood - self._would_stand(stood, cycle.steps, token, usual))
+        return foreseen, gained
 
     def _would_stand(self, stood: int, drafted: int, token: int, drafts: int) -> float:
         """Of another number of drafts, where so many stood of those drafted, the last one `token`.
@@ -222,24 +322,28 @@ class AdaptiveLength:
             tokens += alive
         return tokens
 
-    def _count(self, accepted: list[int], drafted: list[int]) -> None:
-        """What stood, by position, by confidence, and by the token before."""
+    def _count(self, cycle: _Cycle) -> None:
+        """What stood, by position, and where drafts were judged by confidence, and by the token before."""
         self._drafting += 1
         if self._drafting % self.ESTIMATE_EVERY == 0:
-            for counts in (*self._by_confidence, *self._by_position):
+            # What is not tried because the cycle coasts is not forgotten.
+            positions = self._by_position[: cycle.steps] if cycle.coasted else self._by_position
+            for counts in self._by_confidence + positions:
                 counts[0] *= self.FADING
                 counts[1] *= self.FADING
-        for text, (stood, made) in enumerate(zip(accepted, drafted, strict=True)):
+        for text, (stood, made) in enumerate(zip(cycle.accepted, cycle.drafted, strict=True)):
             for position in range(min(stood + 1, made)):  # later ones were never compared
-                self._by_position[position][0] += position < stood
-                self._by_position[position][1] += 1
-                if self._coasts:
-                    continue
-                counts = self._by_confidence[self._bins[position][text]]
-                counts[0] += position < stood
+                stands = position < stood
+                counts = self._by_position[position]
+                counts[0] += stands
                 counts[1] += 1
-                counts = self._by_token.setdefault(self._tokens[position][text], [0.0, 0.0])
-                counts[0] = counts[0] * self.TOKEN_FADING + (position < stood)
+                if not cycle.bins:
+                    continue
+                counts = self._by_confidence[cycle.bins[position][text]]
+                counts[0] += stands
+                counts[1] += 1
+                counts = self._by_token.setdefault(cycle.tokens[position][text], [0.0, 0.0])
+                counts[0] = counts[0] * self.TOKEN_FADING + stands
                 counts[1] = counts[1] * self.TOKEN_FADING + 1
 
     def _begin_with(self, texts: int) -> None:
@@ -248,17 +352,18 @@ class AdaptiveLength:
         Where it is another number of texts, a look, which was for the last number, is over; and where drafting pays
         for so many it drafts at once, whatever was planned.
         """
+        self._take_in()
         as_many, self._texts = self._texts == texts, texts
         self._estimate()
-        if texts in self._coasting:
-            self._coasting[texts].judge_again()
         if self._coasts:
             self._coasts, self._planned = False, None
-        if as_many:
-            return
-        self._look = 0
-        if self._rate * self._rest_seconds.at(texts) > texts:
-            self._planned = None
+        if not as_many:
+            self._look = 0
+            if not self._rest_seconds.has_about(texts):
+                self._planned, self._new = 0, 2 * self.ESTIMATE_EVERY
+            elif self._rate * self._costs[0] > texts:
+                self._planned = None
+        self._coast()
 
     def _estimate(self) -> None:
         """a_i, E(k) and C(k); the best k ≥ 1, and its tokens per second, corrected by what was achieved.
@@ -287,25 +392,26 @@ class AdaptiveLength:
         achieved, expected = self._achieved
         trusted = self.TRUST * self._expected[self._best]
         self._rate *= (achieved + trusted) / (expected + trusted)
+        self._least = max(min(self._best, self.LEAST), 1)
 
-    def _compare(self, tokens: int, steps: int) -> None:
+    def _compare(self, cycle: _Cycle) -> None:
         """Note what a cycle with drafts gave beside what was expected of it."""
-        for i, new in enumerate((tokens, self._expected[steps])):
+        for i, new in enumerate((cycle.made, self._expected[cycle.steps])):
             self._achieved[i] = self.ACHIEVED_FADING * self._achieved[i] + new
 
-    def _plan(self, tokens: int, seconds: float, steps: int) -> None:
-        """Decide about the next cycle. The last one gave `tokens` in `seconds`, with `steps` draft steps."""
-        plain_seconds = self._rest_seconds.at(self._texts)
+    def _plan(self, last: _Cycle) -> None:
+        """Decide about the next cycle."""
+        plain_seconds, steps = self._costs[0], last.steps
         if self._rate * plain_seconds > self._texts:
             explores = self._cycles % self.EXPLORE_EVERY == 0
             self._planned = min(steps + 2, self._longest) if explores else None
             self._patience = self.SHORTEST_REST
             lost = self.LOOK * (plain_seconds - self._texts / self._rate) / self._costs[self._best]
-            if self._work >= max(lost / self.LOSS, self.SHORTEST_WORK):
+            if self._work >= max(lost / self.LOOKS_LOSS, self.SHORTEST_WORK):
                 self._look = self.LOOK
         else:
             if steps:
-                lost = seconds - tokens / self._texts * plain_seconds
+                lost = last.seconds - last.made / self._texts * plain_seconds
                 self._rest = max(min(int(lost / (self.LOSS * plain_seconds)), self._patience), self.SHORTEST_REST)
                 self._patience = min(2 * self._patience, self.LONGEST_REST)
                 if lost < 0:  # an easier text may have begun
@@ -325,8 +431,14 @@ class AdaptiveLength:
 
     def _pays(self, drafted: int, left: list[int]) -> bool:
         """Are more drafts worth their time?"""
+        if self._alive is None:
+            self._alive, self._followed = [1.0] * len(left), 0
+        for tokens, bins in zip(self._tokens[self._followed : drafted], self._bins[self._followed :], strict=True):
+            for text, (token, b) in enumerate(zip(tokens, bins, strict=True)):
+                self._alive[text] *= self._after(token, self._confident(b))
+        self._followed = drafted
         chance, hoped = self._acceptance[drafted], 0.0
-        for weight, alive, token in zip(self._weights(left), self._alive, self._tokens[-1], strict=True):
+        for weight, alive, token in zip(self._weights(left), self._alive, self._tokens[drafted], strict=True):
             hoped += weight * alive * self._after(token, chance)
         if drafted not in self._demanded:
             self._demanded[drafted] = self._demand(drafted)
@@ -360,115 +472,3 @@ class AdaptiveLength:
         stood, seen = self._by_token.get(token, (0.0, 0.0))
         own = (stood + chance * self.TOKEN_WEIGHT) / (seen + self.TOKEN_WEIGHT)
         return min(own, self.TOKEN_GAIN * chance)
-
-
-class Seconds:
-    """What something costs, by how many texts it is done for and the drafts of each: medians of the last times.
-
-    All at `length`, tokens of the longest text: costs grow with it by the factor 1 + growth · length, with that of
-    GROWTHS by which measurements of the same texts and drafts agree best. Without a cache they grow nearly in
-    proportion.
-    """
-
-    KEPT = 9
-    OTHERS = 0.03  # what a measurement with another number of texts is worth
-    LINE = 2.0  # measurements with so many drafts that the line is worth
-    GROWTHS = (0.0, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 4)
-    FADING = 0.98  # of disagreement (squared, in logarithms) with each measurement
-    STEADY = 0.02  # of disagreement, by which any growth must be better than none
-
-    def __init__(self) -> None:
-        self.length = 0
-        # Number of texts → drafts of each → …
-        self._measured: dict[int, dict[int, deque[tuple[int, float]]]] = {}  # length and seconds
-        self._medians: dict[int, dict[int, float]] = {}  # of seconds at length 0, as are these, where none are drafted:
-        self._plain: dict[int, float] = {}
-        self._growth = 0.0
-        self._disagreement = [0.0] * len(self.GROWTHS)
-
-    def add(self, texts: int, drafts: int, seconds: float) -> None:
-        """One measurement."""
-        kept = self._measured.setdefault(texts, {}).setdefault(drafts, deque(maxlen=self.KEPT))
-        length, before = kept[-1] if kept else (0, 0.0)
-        if self.length and before > 0.0 and seconds > 0.0:  # a coarse clock may say 0
-            for i, growth in enumerate(self.GROWTHS):
-                ratio = seconds / before * (1.0 + growth * length) / (1.0 + growth * self.length)
-                self._disagreement[i] = self.FADING * self._disagreement[i] + math.log(ratio) ** 2
-        kept.append((self.length, seconds))
-        self._find_median(texts, drafts)
-
-    def has_about(self, texts: int, times: int = 1) -> bool:
-        """Was this number of texts measured so often without drafts, or one less than twice or more than half of it?"""
-        return len(self._measured.get(texts, {}).get(0, ())) >= times or any(
-            texts < 2 * other < 4 * texts and len(self._measured[other][0]) >= times for other in self._plain
-        )
-
-    def at(self, texts: int) -> float:
-        """Seconds for so many texts without drafts, on the line between measured numbers, or the nearest."""
-        return (1.0 + self._growth * self.length) * self._at_length_0(texts)
-
-    def by_drafts(self, texts: int, longest: int) -> list[float]:
-        """Seconds of a cycle with 0 … `longest` drafts of each text.
-
-        Kernels work in blocks, so that costs have steps: each number of drafts tends to its own median, from the line.
-        """
-        self._find_growth()
-        start, slope = self._line(texts)
-        measured, medians = self._measured.get(texts, {}), self._medians.get(texts, {})
-        seconds = [self._at_length_0(texts)]
-        for drafts in range(1, longest + 1):
-            line = start + slope * drafts
-            if drafts in medians:
-                times = len(measured[drafts])
-                line = (times * medians[drafts] + self.LINE * line) / (times + self.LINE)
-            seconds.append(line)
-        grown = 1.0 + self._growth * self.length
-        return [grown * s for s in seconds]
-
-    def _find_growth(self) -> None:
-        growing = min(range(1, len(self.GROWTHS)), key=self._disagreement.__getitem__)
-        grows = self._disagreement[growing] + self.STEADY < self._disagreement[0]
-        growth = self.GROWTHS[growing] if grows else 0.0
-        if growth != self._growth:
-            self._growth = growth
-            for texts, measured in self._measured.items():
-                for drafts in measured:
-                    self._find_median(texts, drafts)
-
-    def _find_median(self, texts: int, drafts: int) -> None:
-        kept = sorted(seconds / (1.0 + self._growth * length) for length, seconds in self._measured[texts][drafts])
-        # Of an even number the smaller one: what disturbs a measurement makes it longer, above all the first.
-        self._medians.setdefault(texts, {})[drafts] = median = kept[(len(kept) - 1) // 2]
-        if not drafts:
-            self._plain[texts] = median
-
-    def _at_length_0(self, texts: int) -> float:
-        if texts in self._plain:
-            return self._plain[texts]
-        plain = sorted(self._plain)
-        above = min(bisect_left(plain, texts), len(plain) - 1)
-        below = above if plain[above] <= texts else max(above - 1, 0)
-        low, high = self._plain[plain[below]], self._plain[plain[above]]
-        share = (texts - plain[below]) / (plain[above] - plain[below]) if above > below else 0.0
-        return low + share * (high - low)
-
-    def _line(self, texts: int) -> tuple[float, float]:
-        """Seconds of a cycle with drafts, at length 0: start and slope, by drafts of each text, of the best line.
-
-        Its points are multiples of what as many texts cost without drafts, so that those of other numbers of texts are
-        of use too. Cycles without drafts count for little: the first step up is often the steepest. But they give the
-        line a direction where only one length was measured.
-        """
-        n = x = y = xx = xy = 0.0
-        for other, medians in self._medians.items():
-            plain, worth = self._at_length_0(other), 1.0 if other == texts else self.OTHERS
-            for drafts, seconds in medians.items():
-                multiple, times = seconds / plain, len(self._measured[other][drafts])
-                # Noise grows with what is measured.
-                weight = (worth if drafts else 0.25 * worth) * times / multiple**2
-                n, x, y = n + weight, x + weight * drafts, y + weight * multiple
-                xx, xy = xx + weight * drafts**2, xy + weight * drafts * multiple
-        spread = n * xx - x * x
-        slope = max((n * xy - x * y) / spread, 0.0) if spread > 0.0 else 0.0
-        plain = self._at_length_0(texts)
-        return plain * (y - slope * x) / n, plain * slope

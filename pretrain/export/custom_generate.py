@@ -19,6 +19,7 @@ from pretrain.decoding import (
     dynamics_folder,
     in_transformers,
     sampling,
+    seconds,
     speculative,
     trunk,
 )
@@ -32,6 +33,7 @@ MODULES = (
     dynamics_folder,
     latent_dynamics,
     sampling,
+    seconds,
     speculative,
     trunk,
 )

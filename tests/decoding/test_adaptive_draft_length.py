@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.decoding import AdaptiveLength, FixedLength
-from pretrain.decoding.draft_length import Seconds
+from pretrain.decoding.seconds import Seconds
 
 CONFIDENT = torch.tensor([[3.0, 0.0, 0.0]])
 NO_CHANCES = torch.zeros(1, dtype=torch.long)  # greedy: a token is what can come
@@ -364,7 +364,7 @@ def test_seconds_follow_the_length_of_texts(growth):
         for length in range(20, 181, 4):
             seconds.length = length
             drafts = chance.choice([0, 1, 2, 5])
-            seconds.add(4, drafts, true(drafts) * chance.uniform(0.95, 1.05))
+            seconds.add(4, drafts, true(drafts) * chance.uniform(0.95, 1.05), length)
     for length in (20, 100, 180):
         seconds.length = length
         found = seconds.by_drafts(4, 5)

@@ -1,0 +1,131 @@
+"""What draft steps and cycles cost on this machine, from measurements as they come."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import deque
+
+
+class Seconds:
+    """What something costs, by how many texts it is done for and the drafts of each: medians of the last times.
+
+    All at `length`, tokens of the longest text: costs grow with it by the factor 1 + growth · length, with that of
+    GROWTHS by which measurements of the same texts and drafts agree best. Without a cache they grow nearly in
+    proportion.
+    """
+
+    KEPT = 9
+    OTHERS = 0.03  # what a measurement with another number of texts is worth
+    LINE = 2.0  # measurements with so many drafts that the line is worth
+    GROWTHS = (0.0, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 4)
+    COMPARED = 4  # of so many measurements one, with the oldest kept of its kind
+    FADING = 0.95  # of disagreement (squared, in logarithms) with each that is compared
+    STEADY = 0.02  # of disagreement, by which any growth must be better than none
+
+    def __init__(self) -> None:
+        self.length = 0
+        # Number of texts → drafts of each → …
+        self._measured: dict[int, dict[int, deque[tuple[int, float]]]] = {}  # length and seconds
+        self._medians: dict[int, dict[int, float]] = {}  # of seconds at length 0, as are these, where none are drafted:
+        self._plain: dict[int, float] = {}
+        self._changed: set[tuple[int, int]] = set()  # their medians are to be found
+        self._measurements = 0
+        self._growth = 0.0
+        self._disagreement = [0.0] * len(self.GROWTHS)
+
+    def add(self, texts: int, drafts: int, seconds: float, length: int = 0) -> None:
+        """One measurement, with the longest text of so many tokens."""
+        kept = self._measured.setdefault(texts, {}).setdefault(drafts, deque(maxlen=self.KEPT))
+        self._measurements += 1
+        if self._measurements % self.COMPARED == 0 and kept:
+            self._compare(*kept[0], length, seconds)
+        kept.append((length, seconds))
+        self._changed.add((texts, drafts))
+        if not drafts:
+            self._plain.setdefault(texts, seconds)
+
+    def _compare(self, length: int, seconds: float, other_length: int, other_seconds: float) -> None:
+        """How well does each growth tell the seconds of one measurement from the other's?"""
+        if length and seconds > 0.0 and other_seconds > 0.0:  # a coarse clock may say 0
+            for i, growth in enumerate(self.GROWTHS):
+                ratio = other_seconds / seconds * (1.0 + growth * length) / (1.0 + growth * other_length)
+                self._disagreement[i] = self.FADING * self._disagreement[i] + math.log(ratio) ** 2
+
+    def has_about(self, texts: int, times: int = 1) -> bool:
+        """Was this number of texts measured so often without drafts, or one less than twice or more than half of it?"""
+        return len(self._measured.get(texts, {}).get(0, ())) >= times or any(
+            texts < 2 * other < 4 * texts and len(self._measured[other][0]) >= times for other in self._plain
+        )
+
+    def at(self, texts: int) -> float:
+        """Seconds for so many texts without drafts, on the line between measured numbers, or the nearest."""
+        self._find_medians()
+        return (1.0 + self._growth * self.length) * self._at_length_0(texts)
+
+    def by_drafts(self, texts: int, longest: int) -> list[float]:
+        """Seconds of a cycle with 0 … `longest` drafts of each text.
+
+        Kernels work in blocks, so that costs have steps: each number of drafts tends to its own median, from the line.
+        """
+        self._find_growth()
+        start, slope = self._line(texts)
+        measured, medians = self._measured.get(texts, {}), self._medians.get(texts, {})
+        seconds = [self._at_length_0(texts)]
+        for drafts in range(1, longest + 1):
+            line = start + slope * drafts
+            if drafts in medians:
+                times = len(measured[drafts])
+                line = (times * medians[drafts] + self.LINE * line) / (times + self.LINE)
+            seconds.append(line)
+        grown = 1.0 + self._growth * self.length
+        return [grown * s for s in seconds]
+
+    def _find_growth(self) -> None:
+        growing = min(range(1, len(self.GROWTHS)), key=self._disagreement.__getitem__)
+        grows = self._disagreement[growing] + self.STEADY < self._disagreement[0]
+        growth = self.GROWTHS[growing] if grows else 0.0
+        if growth != self._growth:
+            self._growth = growth
+            self._changed = {(texts, drafts) for texts, measured in self._measured.items() for drafts in measured}
+
+    def _find_medians(self) -> None:
+        for texts, drafts in self._changed:
+            kept = sorted(seconds / (1.0 + self._growth * length) for length, seconds in self._measured[texts][drafts])
+            # Of an even number the smaller one: what disturbs a measurement makes it longer, above all the first.
+            self._medians.setdefault(texts, {})[drafts] = median = kept[(len(kept) - 1) // 2]
+            if not drafts:
+                self._plain[texts] = median
+        self._changed.clear()
+
+    def _at_length_0(self, texts: int) -> float:
+        if texts in self._plain:
+            return self._plain[texts]
+        plain = sorted(self._plain)
+        above = min(bisect_left(plain, texts), len(plain) - 1)
+        below = above if plain[above] <= texts else max(above - 1, 0)
+        low, high = self._plain[plain[below]], self._plain[plain[above]]
+        share = (texts - plain[below]) / (plain[above] - plain[below]) if above > below else 0.0
+        return low + share * (high - low)
+
+    def _line(self, texts: int) -> tuple[float, float]:
+        """Seconds of a cycle with drafts, at length 0: start and slope, by drafts of each text, of the best line.
+
+        Its points are multiples of what as many texts cost without drafts, so that those of other numbers of texts are
+        of use too. Cycles without drafts count for little: the first step up is often the steepest. But they give the
+        line a direction where only one length was measured.
+        """
+        self._find_medians()
+        n = x = y = xx = xy = 0.0
+        for other, medians in self._medians.items():
+            plain, worth = self._at_length_0(other), 1.0 if other == texts else self.OTHERS
+            for drafts, seconds in medians.items():
+                multiple, times = seconds / plain, len(self._measured[other][drafts])
+                # Noise grows with what is measured.
+                weight = (worth if drafts else 0.25 * worth) * times / multiple**2
+                n, x, y = n + weight, x + weight * drafts, y + weight * multiple
+                xx, xy = xx + weight * drafts**2, xy + weight * drafts * multiple
+        spread = n * xx - x * x
+        slope = max((n * xy - x * y) / spread, 0.0) if spread > 0.0 else 0.0
+        plain = self._at_length_0(texts)
+        return plain * (y - slope * x) / n, plain * slope

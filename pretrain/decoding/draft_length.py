@@ -66,7 +66,7 @@ class _Cycle:
     longest: int
     judged: bool
     coasted: bool
-    left: list[int]  # of each text, when the cycle began
+    worth: list[float]  # of each text's tokens
     tokens: list[list[int]]  # position, text → the token drafted after
     bins: list[list[int]]  # position, text → bin of confidence
 
@@ -86,10 +86,10 @@ class _Coasted:
     """Cycles that were not judged, taken together."""
 
     cycles: int = 0
-    tokens: int = 0
+    tokens: float = 0.0  # by what they are worth
     seconds: float = 0.0
 
-    def add(self, tokens: int, seconds: float) -> None:
+    def add(self, tokens: float, seconds: float) -> None:
         """One more."""
         self.cycles += 1
         self.tokens += tokens
@@ -144,7 +144,8 @@ class AdaptiveLength:
     ACHIEVED_FADING, TRUST = 0.97, 30.0  # of r as achieved; how many cycles the expected r is worth
     BINS = 10
     HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
-    LAG = 0.5  # share of the weights that goes to texts that lag behind the others of their batch
+    RATED = 4.0  # cycles of a text that its rate is taken to be the others', and
+    SPREAD = 0.7  # standard deviation of the cycles that a text takes more than another, over the root of theirs
     TOKEN_FADING = 0.9  # of a token's counts, with each draft made after it
     TOKEN_WEIGHT = 4.0  # of its own drafts that the acceptance of all is worth, where a token was seen before
     TOKEN_GAIN = 2.0  # times that acceptance are the most its own may be: a position where none stands is no token's
@@ -171,7 +172,7 @@ class AdaptiveLength:
         self._expected: list[float] = []
         self._costs: list[float] = []
         self._demanded: dict[int, float] = {}  # see `_demand`
-        self._left: list[int] = []  # of each text, when the cycle began
+        self._worth: list[float] = []  # of each text's tokens in this cycle
         # Of this cycle's drafts, as in `_Cycle`.
         self._tokens: list[list[int]] = []
         self._bins: list[list[int]] = []
@@ -179,16 +180,21 @@ class AdaptiveLength:
         self._followed = 0
         self._seen: list[_Cycle] = []  # nothing learned from them yet
         self._coasted = _Coasted()
+        self._room, self._began = 0, 0  # tokens that each text of this batch may have, and the cycle when it began
+        self._shared = 0.5
         self._observes = True  # this cycle's drafts
         self._new = 0  # cycles of so many texts as never before, each to be learned from at once
 
     def wants_another(self, drafted: int, tokens: list[int], left: list[int], longest: int) -> bool:
         """See `DraftLength`."""
         if drafted == 0:
-            self._left, self._tokens, self._bins, self._alive = left, [], [], None
+            self._tokens, self._bins, self._alive = [], [], None
             shorter, self._rest_seconds.length = longest < self._rest_seconds.length, longest
+            if shorter or self._room < max(left) or self._texts < len(tokens):
+                self._room, self._began = max(left), self._cycles
             if self._estimated_for and (shorter or self._estimated_for != len(tokens)):
                 self._begin_with(len(tokens))
+            self._worth = self._weights(left)
             self._observes = self._planned is None or (self._coasts and self._coasted.cycles < self.SAMPLE)
         if self._observes:
             self._tokens.append(tokens)
@@ -212,8 +218,8 @@ class AdaptiveLength:
         self._cycles += 1
         self._texts = len(accepted)
         if self._coasts:
-            self._coasted.add(len(accepted) + sum(accepted), sum(draft_seconds) + rest)
-            over = self._coasted.cycles == self._coasting_of(self._texts).left
+            self._coasted.add(_worth(accepted, self._worth), sum(draft_seconds) + rest)
+            over = self._coasted.cycles >= self._coasting_of(self._texts).left
         else:
             often = self._cycles % self.ESTIMATE_EVERY == 0 or self._new > 0
             over, self._new = self._planned is not None or often, self._new - 1
@@ -222,7 +228,7 @@ class AdaptiveLength:
             self._seen.append(
                 _Cycle(
                     *(accepted, drafted, len(draft_seconds), sum(draft_seconds), rest, self._rest_seconds.length),
-                    *(judged, self._coasts, self._left, self._tokens, self._bins),
+                    *(judged, self._coasts, self._worth, self._tokens, self._bins),
                 )
             )
         if over or self._estimated_for != self._texts:
@@ -262,6 +268,7 @@ class AdaptiveLength:
             plain = texts * coasted.seconds / self._costs[0]
             ratios = [cycle.seconds / self._costs[0] for cycle in seen]
             self._coasting_of(texts).saw_coasted(coasted.cycles, coasted.tokens, plain, ratios)
+            self._coasting_of(texts).end_block(self._rate, self._costs, self._acceptance)
 
     def _coasting_of(self, texts: int) -> Coasting:
         """Numbers of texts that differ little share what they know."""
@@ -285,42 +292,10 @@ class AdaptiveLength:
             return
         coasting = self._coasting_of(len(cycle.accepted))
         if coasting.drafts is None:
-            seconds = cycle.seconds / self._costs[0]
-            plain = len(cycle.accepted) * seconds
-            coasting.saw_judged(cycle.steps, *self._gained(cycle, coasting.usual), cycle.made, plain, seconds)
-
-    def _gained(self, cycle: _Cycle, usual: int | None) -> tuple[float, float]:
-        """What a judged cycle gave more than `usual` drafts would have in as much time: as foreseen, and in truth."""
-        if usual is None or len(cycle.tokens) <= cycle.steps:
-            return 0.0, 0.0
-        later = self._rate * (self._costs[cycle.steps] - self._costs[usual])
-        foreseen = gained = -later
-        for text, weight in enumerate(self._weights(cycle.left)):
-            alive = [1.0]
-            for tokens, bins in zip(cycle.tokens, cycle.bins, strict=False):
-                alive.append(alive[-1] * self._after(tokens[text], self._confident(bins[text])))
-            stood, token = cycle.accepted[text], cycle.tokens[cycle.steps][text]
-            if usual <= cycle.steps:
-                foreseen += weight * sum(alive[usual + 1 :])
-            else:
-                more = self._would_stand(cycle.steps, cycle.steps, token, usual) - cycle.steps
-                foreseen -= weight * alive[-1] * more
-            gained += weight * (stood - self._would_stand(stood, cycle.steps, token, usual))
-        return foreseen, gained
-
-    def _would_stand(self, stood: int, drafted: int, token: int, drafts: int) -> float:
-        """Of another number of drafts, where so many stood of those drafted, the last one `token`.
-
-        Of those that were not drafted it is the chance.
-        """
-        if stood < drafted or drafts <= drafted:
-            return min(stood, drafts)
-        alive = self._after(token, self._acceptance[drafted])
-        tokens = stood + alive
-        for chance in self._acceptance[drafted + 1 : drafts]:
-            alive *= chance
-            tokens += alive
-        return tokens
+            tokens = cycle.tokens[cycle.steps] if len(cycle.tokens) > cycle.steps else [-1] * len(cycle.accepted)
+            more = [self._after(token, self._acceptance[min(cycle.steps, self._longest - 1)]) for token in tokens]
+            coasting.saw_judged(cycle.steps, cycle.accepted, cycle.worth, more, cycle.seconds / self._costs[0])
+            coasting.end_block(self._rate, self._costs, self._acceptance)
 
     def _count(self, cycle: _Cycle) -> None:
         """What stood, by position, and where drafts were judged by confidence, and by the token before."""
@@ -389,6 +364,8 @@ class AdaptiveLength:
             if reached and tokens > self._rate * self._costs[k]:
                 self._best, self._rate = k, tokens / self._costs[k]
 
+        self._mean = sum(stood for stood, _ in self._by_position) / max(sum(seen for _, seen in self._by_position), 1.0)
+        self._shared = self._rest_seconds.shared(self._texts, self._best)
         achieved, expected = self._achieved
         trusted = self.TRUST * self._expected[self._best]
         self._rate *= (achieved + trusted) / (expected + trusted)
@@ -438,8 +415,10 @@ class AdaptiveLength:
                 self._alive[text] *= self._after(token, self._confident(b))
         self._followed = drafted
         chance, hoped = self._acceptance[drafted], 0.0
-        for weight, alive, token in zip(self._weights(left), self._alive, self._tokens[drafted], strict=True):
-            hoped += weight * alive * self._after(token, chance)
+        for n, weight, alive, token in zip(left, self._worth, self._alive, self._tokens[drafted], strict=True):
+            if n:
+                stands = self._after(token, chance)
+                hoped += weight * alive * stands * (1.0 + stands - self._mean)
         if drafted not in self._demanded:
             self._demanded[drafted] = self._demand(drafted)
         return hoped > self._demanded[drafted]
@@ -454,13 +433,25 @@ class AdaptiveLength:
         return least
 
     def _weights(self, left: list[int]) -> list[float]:
-        """What a token of each text is worth, 1 on average: `left` tells who lags, as far as it can be known."""
+        """What a token of each text is worth, so that a cycle's tokens are worth their number in all.
+
+        A batch takes Σ n_i / ρ_i cycles of one text, of n_i tokens to come and ρ_i a cycle, and has to go on for
+        max n_i / ρ_i cycles; `_shared` of a cycle's time is for the latter.
+        """
         if len(left) == 1:
             return [1.0]
-        longest = max(left)
-        lags = [math.exp((n - longest) / math.sqrt(longest)) for n in left]
-        share = self.LAG * len(left) / sum(lags)
-        return [1.0 - self.LAG + share * lag if n else 0.0 for n, lag in zip(left, lags, strict=True)]
+        cycles = self._cycles - self._began + self.RATED
+        made = [self._room - n for n in left]
+        prior = self.RATED * (sum(made) / (len(left) * max(cycles - self.RATED, 1)) or 1.0)
+        rates = [(m + prior) / cycles for m in made]
+        to_come = [n / rate for n, rate in zip(left, rates, strict=True)]
+        last = max(to_come)
+        late = [math.exp((cycles - last) / (self.SPREAD * math.sqrt(last))) for cycles in to_come]
+        share, all_late = 1.0 - self._shared, sum(late)
+        per_cycle = sum(rates) / len(left)
+        return [
+            per_cycle / rate * (share + self._shared * len(left) * one / all_late) for rate, one in zip(rates, late, strict=True)
+        ]
 
     def _confident(self, b: int) -> float:
         """Acceptance of drafts whose confidence lies in bin b."""
@@ -472,3 +463,8 @@ class AdaptiveLength:
         stood, seen = self._by_token.get(token, (0.0, 0.0))
         own = (stood + chance * self.TOKEN_WEIGHT) / (seen + self.TOKEN_WEIGHT)
         return min(own, self.TOKEN_GAIN * chance)
+
+
+def _worth(accepted: list[int], worth: list[float]) -> float:
+    """Of the tokens of a cycle: `worth` tells that of each text's."""
+    return sum(each * (1 + stood) for each, stood in zip(worth, accepted, strict=True))

@@ -17,6 +17,7 @@ class Seconds:
 
     KEPT = 9
     OTHERS = 0.03  # what a measurement with another number of texts is worth
+    ENOUGH = 4  # measurements, to compare numbers of texts
     LINE = 2.0  # measurements with so many drafts that the line is worth
     GROWTHS = (0.0, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 4)
     COMPARED = 4  # of so many measurements one, with the oldest kept of its kind
@@ -80,6 +81,16 @@ class Seconds:
             seconds.append(line)
         grown = 1.0 + self._growth * self.length
         return [grown * s for s in seconds]
+
+    def shared(self, texts: int, drafts: int) -> float:
+        """Share of a cycle's seconds that fewer texts would take too: a half, where that is not known."""
+        known = [n for n in (texts, *self._measured) if len(self._measured.get(n, {}).get(drafts, ())) >= self.ENOUGH]
+        fewer = min((n for n in known if 2 * n <= texts), default=None)
+        if fewer is None or texts not in known:
+            return 0.5
+        few, all_texts = self._medians[fewer][drafts], self._medians[texts][drafts]
+        each = (all_texts - few) / (texts - fewer)
+        return min(max(1.0 - texts * each / all_texts, 0.0), 1.0)
 
     def _find_growth(self) -> None:
         growing = min(range(1, len(self.GROWTHS)), key=self._disagreement.__getitem__)

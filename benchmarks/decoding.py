@@ -109,9 +109,9 @@ class UncachedTrunk:
         states: Tensor = self._model.model(input_ids=read_BS, use_cache=False).last_hidden_state
         return states[rows_B1, positions_BT]
 
-    def keep(self, rows_B: Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         """See `pretrain.decoding.trunk.Trunk`."""
-        self._tokens_BS = self._tokens_BS[rows_B]
+        self._tokens_BS = self._tokens_BS[rows]
 
 
 class SetAcceptance:

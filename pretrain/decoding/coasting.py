@@ -7,46 +7,42 @@ from collections import deque
 
 
 class Coasting:
-    """Where to judge drafts is not worth its time, the usual number is drafted without.
+    """Where to judge drafts is not worth its time, a fixed number is drafted without.
 
-    For one number of texts. Blocks of cycles are judged or coast, and what is better goes on; the other is done for two
-    blocks now and then, the more seldom the more it would lose, so that LOSS of the time is lost by it. What is better
-    is first reckoned: what the judged cycles gained over each fixed number of drafts is known from themselves (see
-    `gains`), and what judging costs from the seconds of cycles with as many drafts, judged and not. That sees one cycle
-    at a time, and not what a cycle leaves to the next: so what blocks achieved is compared with the blocks beside them,
-    and as that is known ever better it overrules the reckoning (the mean of a normal distribution whose prior is the
-    reckoned one).
+    For one number of texts. Cycles come in blocks, each of one way: judged, or of a fixed number of drafts. The way that
+    is known to be best goes on, and another is tried for two blocks now and then, the more seldom the more it would
+    lose, so that LOSS of the time is lost by it.
+
+    What a way is worth is first reckoned: what the judged cycles gained over each fixed number is known from themselves
+    (see `saw_judged`), and what judging costs from the seconds of cycles with as many drafts, judged and not. But that
+    sees one cycle at a time, and not what a cycle leaves to the next. So what a block achieved is compared with the one
+    before it, of another way, and tells both how far their reckoned worth is off (a Kalman filter for each way).
     """
 
     BLOCK = 12  # cycles
     LOSS = 0.005
-    LONGEST = 16.0  # blocks of one kind
-    KNOWN = 500.0  # tokens of judged cycles, before it ever coasts
-    FADING = 0.97  # of what was seen, with each block that is judged
-    NUMBERS = 8  # fixed numbers of drafts are compared up to here
-    STEADY = 0.01  # share of the tokens that another number must give more to become the usual one
+    LONGEST = 16.0  # blocks between two trials
+    KNOWN, KNOWN_BLOCKS = 500.0, 6  # tokens of judged cycles, and blocks of them, before it ever coasts
+    FADING = 0.97  # of what was seen, with each block
+    NUMBERS = 8  # fixed numbers of drafts are tried up to here
     COST = 0.03  # share of the time that judging takes, as long as it was hardly measured
-    SPREAD = 0.06  # standard deviation of what blocks will say around what is reckoned
+    SPREAD = 0.06  # standard deviation of what is reckoned
     VARIANCE = 0.2  # of a cycle's tokens, of one text, over their mean squared: what is expected of blocks at first,
-    BLOCKS = 4.0  # and worth so many differences of two blocks of a kind
-    COMPARED_FADING = 0.9  # of what blocks say, with each that is judged
+    BLOCKS = 4.0  # and worth so many differences of two blocks of a way
 
     def __init__(self, texts: int) -> None:
         self.drafts: int | None = None  # so many in the next cycle; None: judge
-        self.usual: int | None = None
-        # Of judged cycles: how often with so many drafts; of how many of those so many stood; and where all did, how
-        # many more would have with one more draft. Texts count by what their tokens are worth.
-        self._cycles_with: dict[int, float] = {}
-        self._stood: dict[tuple[int, int], float] = {}
-        self._more: dict[int, float] = {}
-        self._gain = self._known = 0.0
-        self._judged: deque[float] = deque(maxlen=31)  # of cycles with the usual number, seconds in plain cycles
-        self._coasted: deque[float] = deque(maxlen=31)
-        self._compared, self._times = 0.0, 0.0  # logarithms of what judged blocks achieved over others, and how many
+        # Of judged cycles.
+        self._tokens = self._known = 0.0
+        self._blocks = 0
+        self._gained = [0.0] * self.NUMBERS  # tokens more than with 1, 2, … drafts
+        self._seconds: dict[tuple[bool, int], deque[float]] = {}  # judged? with so many drafts: in plain cycles
+        self._off = [0.0] * self.NUMBERS  # what 1, 2, … drafts are worth more than reckoned,
+        self._doubt = [self.SPREAD**2] * self.NUMBERS  # and its variance
         self._squares, self._alike = self.BLOCKS * 2.0 * self.VARIANCE / (self.BLOCK * texts), self.BLOCKS
-        self._last: tuple[bool, float] | None = None  # judged? achieved
-        self._rest = 0.0  # blocks until the other kind is tried
-        self._turned = False  # from one kind to the other before this block
+        self._last: tuple[int | None, float] | None = None  # way and logarithm of what the last block achieved
+        self._rest = 0.0  # blocks until another way is tried
+        self._turned = False  # to another way before this block
         # Of this block.
         self._cycles = 0
         self._made = self._plain = 0.0  # tokens, and those that plain decoding would have given
@@ -59,119 +55,103 @@ class Coasting:
     @property
     def cost(self) -> float:
         """Share of the time that judging takes."""
-        if min(len(self._judged), len(self._coasted)) < self.BLOCK // 2:
-            return self.COST
-        judged, coasted = sorted(self._judged), sorted(self._coasted)
-        return 1.0 - coasted[len(coasted) // 2] / judged[len(judged) // 2]
+        shares, weights = self.COST * self.BLOCKS, self.BLOCKS
+        for (judged, drafts), seconds in self._seconds.items():
+            coasted = self._seconds.get((False, drafts), ())
+            if judged and coasted:
+                weight = min(len(seconds), len(coasted))
+                shares += weight * (1.0 - _median(coasted) / _median(seconds))
+                weights += weight
+        return shares / weights
 
-    @property
-    def worth(self) -> float:
-        """What judging gains above its cost, as reckoned and as blocks say."""
-        reckoned, told = 1.0 / self.SPREAD**2, self._alike / self._squares
-        return (reckoned * (self._gain - self.cost) + told * self._compared) / (reckoned + told * self._times)
+    def worth(self, way: int | None) -> float:
+        """Share of the tokens that a way gives more than judging does."""
+        if way is None or not self._tokens:
+            return 0.0
+        return self.cost - self._gained[way - 1] / self._tokens + self._off[way - 1]
 
-    def saw_judged(self, drafts: int, stood: list[int], worth: list[float], more: list[float], seconds: float) -> None:
-        """A judged cycle.
+    def saw_judged(self, drafts: int, gained: list[float], tokens: float, plain: float, seconds: float) -> None:
+        """A judged cycle with so many drafts.
 
-        Of each text, how many of its drafts stood, what its tokens are worth, and how likely another draft would have
-        stood. seconds: in plain cycles.
+        gained: how many tokens more than 1, 2, … drafts would have given in as much time. plain: what plain decoding
+        would have given. seconds: in plain cycles.
         """
-        self._cycles_with[drafts] = self._cycles_with.get(drafts, 0.0) + 1.0
-        for number, each, chance in zip(stood, worth, more, strict=True):
-            self._stood[drafts, number] = self._stood.get((drafts, number), 0.0) + each
-            if number == drafts:
-                self._more[drafts] = self._more.get(drafts, 0.0) + each * chance
-        tokens = sum(each * (1 + number) for number, each in zip(stood, worth, strict=True))
+        self._tokens += tokens
         self._known += tokens
-        if drafts == self.usual:
-            self._judged.append(seconds)
-        self._count(1, tokens, len(stood) * seconds)
-
-    def gains(self, rate: float, costs: list[float], acceptance: list[float]) -> list[float]:
-        """Share of the tokens that judging gave more than 1, 2, … drafts give in as much time.
-
-        Of drafts that a judged cycle did not make the chance is counted. See `AdaptiveLength`: r, C and a.
-        """
-        tokens = sum((1 + stood) * texts for (_, stood), texts in self._stood.items())
-        gains = []
-        for usual in range(1, min(self.NUMBERS, len(acceptance)) + 1):
-            more = 0.0
-            for (drafts, stood), texts in self._stood.items():
-                more += texts * max(stood - usual, 0)
-            for drafts, chance in self._more.items():
-                for position in range(drafts, usual):
-                    more -= chance
-                    chance *= acceptance[min(position + 1, len(acceptance) - 1)]
-            for drafts, cycles in self._cycles_with.items():
-                more -= cycles * rate * (costs[drafts] - costs[usual])
-            gains.append(more / tokens)
-        return gains
+        for i, more in enumerate(gained):
+            self._gained[i] += more
+        self._seconds.setdefault((True, drafts), deque(maxlen=31)).append(seconds)
+        self._count(1, tokens, plain)
 
     def saw_coasted(self, cycles: int, tokens: float, plain: float, seconds: list[float]) -> None:
         """Cycles that were not judged: see `saw_judged`. seconds: of some of them."""
-        self._coasted.extend(seconds)
-        self._count(cycles, tokens, plain)
+        if self.drafts is not None:
+            self._seconds.setdefault((False, self.drafts), deque(maxlen=31)).extend(seconds)
+            self._count(cycles, tokens, plain)
 
     def _count(self, cycles: int, tokens: float, plain: float) -> None:
         self._made += tokens
         self._plain += plain
         self._cycles += cycles
+        if self._cycles >= self.BLOCK:
+            self._end_block()
 
-    def end_block(self, rate: float, costs: list[float], acceptance: list[float]) -> None:
-        """If it is over: of what kind is the next one? For the arguments see `gains`."""
-        if self.left > 0:
-            return
-        judged, achieved = self.drafts is None, math.log(self._made / self._plain)
+    def _end_block(self) -> None:
+        way, achieved = self.drafts, math.log(self._made / self._plain)
         self._cycles, self._made, self._plain = 0, 0.0, 0.0
-        if judged:
-            self._find_usual(self.gains(rate, costs, acceptance))
-            self._fade()
-        if judged and self._known < self.KNOWN:
+        if way is None:
+            self._blocks += 1
+            self._tokens *= self.FADING
+            self._gained = [self.FADING * gained for gained in self._gained]
+        if self._known < self.KNOWN or self._blocks < self.KNOWN_BLOCKS:
             return
-        if not judged and achieved < 0.0:
-            self._turn()  # not even plain decoding is slower
+        if way is not None and achieved < 0.0:
+            self._turn(None)  # not even plain decoding is slower
         elif self._turned:
-            self._turned = False  # the first block of its kind bears traces of the other
+            self._turned = False  # the first block of its way bears traces of the other
         else:
-            self._compare(judged, achieved)
-            self._decide(judged)
+            self._compare(way, achieved)
+            self._decide(way)
 
-    def _compare(self, judged: bool, achieved: float) -> None:
-        """This block with the last one. If that was of the same kind it tells how blocks vary."""
-        more = achieved - self._last[1] if self._last else 0.0
-        if self._last and self._last[0] != judged:
-            self._compared += more if judged else -more
-            self._times += 1.0
-        elif self._last:
+    def _compare(self, way: int | None, achieved: float) -> None:
+        """This block with the last one. If that was of the same way it tells how blocks vary."""
+        before, self._last = self._last, (way, achieved)
+        if before is None:
+            return
+        other, more = before[0], achieved - before[1]
+        if other == way:
             self._squares = self.FADING * self._squares + more**2
             self._alike = self.FADING * self._alike + 1.0
-        self._last = judged, achieved
+            return
+        surprise = more - (self.worth(way) - self.worth(other))
+        variance = sum(self._doubt[one - 1] for one in (way, other) if one) + self._squares / self._alike
+        for one, sign in ((way, 1.0), (other, -1.0)):
+            if one:
+                share = self._doubt[one - 1] / variance
+                self._off[one - 1] += sign * share * surprise
+                self._doubt[one - 1] *= 1.0 - share
 
-    def _decide(self, judged: bool) -> None:
-        """Of what kind is the next block?"""
-        worth = self.worth
+    def _decide(self, way: int | None) -> None:
+        """Of what way is the next block?"""
         self._rest -= 1.0
-        if judged != (worth > 0.0):  # the other kind is better
-            self._turn()
-            self._rest = min(2.0 * abs(worth) / self.LOSS, self.LONGEST)  # as that is tried for two blocks
+        # What was found out fades too.
+        self._doubt = [min(doubt / self.FADING, self.SPREAD**2) for doubt in self._doubt]
+        ways = [None, *range(1, self.NUMBERS + 1)]
+        best = max(ways, key=self.worth)
+        if best != way:
+            self._turn(best)
+            others = [self.worth(other) for other in ways if other != best]
+            self._rest = min(2.0 * (self.worth(best) - max(others)) / self.LOSS, self.LONGEST)
         elif self._rest <= 0.0:
-            self._turn()
+            self._turn(max((other for other in ways if other != way), key=self._hoped))
 
-    def _turn(self) -> None:
-        self.drafts, self._turned = (self.usual, True) if self.drafts is None else (None, True)
+    def _hoped(self, way: int | None) -> float:
+        """What a way is worth if it is as much better than known as it well may be."""
+        return self.worth(way) + (math.sqrt(self._doubt[way - 1]) if way else 0.0)
 
-    def _find_usual(self, gains: list[float]) -> None:
-        least = min(range(len(gains)), key=gains.__getitem__)
-        if self.usual is None or gains[least] + self.STEADY < gains[self.usual - 1]:
-            self.usual, self._last = least + 1, None
-            self._compared = self._times = 0.0
-            self._judged.clear()
-            self._coasted.clear()
-        self._gain = gains[self.usual - 1]
+    def _turn(self, way: int | None) -> None:
+        self.drafts, self._turned = way, True
 
-    def _fade(self) -> None:
-        for counts in (self._cycles_with, self._stood, self._more):
-            for key in counts:
-                counts[key] *= self.FADING
-        self._compared *= self.COMPARED_FADING
-        self._times *= self.COMPARED_FADING
+
+def _median(numbers: deque[float] | tuple[()]) -> float:
+    return sorted(numbers)[len(numbers) // 2]

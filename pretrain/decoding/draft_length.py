@@ -268,7 +268,6 @@ class AdaptiveLength:
             plain = texts * coasted.seconds / self._costs[0]
             ratios = [cycle.seconds / self._costs[0] for cycle in seen]
             self._coasting_of(texts).saw_coasted(coasted.cycles, coasted.tokens, plain, ratios)
-            self._coasting_of(texts).end_block(self._rate, self._costs, self._acceptance)
 
     def _coasting_of(self, texts: int) -> Coasting:
         """Numbers of texts that differ little share what they know."""
@@ -292,10 +291,33 @@ class AdaptiveLength:
             return
         coasting = self._coasting_of(len(cycle.accepted))
         if coasting.drafts is None:
-            tokens = cycle.tokens[cycle.steps] if len(cycle.tokens) > cycle.steps else [-1] * len(cycle.accepted)
-            more = [self._after(token, self._acceptance[min(cycle.steps, self._longest - 1)]) for token in tokens]
-            coasting.saw_judged(cycle.steps, cycle.accepted, cycle.worth, more, cycle.seconds / self._costs[0])
-            coasting.end_block(self._rate, self._costs, self._acceptance)
+            seconds = cycle.seconds / self._costs[0]
+            tokens, plain = _worth(cycle.accepted, cycle.worth), len(cycle.accepted) * seconds
+            coasting.saw_judged(cycle.steps, self._gained(cycle), tokens, plain, seconds)
+
+    def _gained(self, cycle: _Cycle) -> list[float]:
+        """How many tokens more a judged cycle gave than 1, 2, … drafts would have in as much time.
+
+        Of drafts that it did not make the chance is counted.
+        """
+        steps, numbers = cycle.steps, min(Coasting.NUMBERS, self._longest)
+        stood_at, more = [0.0] * (max(steps, numbers) + 1), 0.0  # worth of drafts, by position; of one draft more
+        for text, (stood, worth) in enumerate(zip(cycle.accepted, cycle.worth, strict=True)):
+            for position in range(min(stood + 1, len(cycle.tokens), self._longest)):
+                chance = self._after(cycle.tokens[position][text], self._acceptance[position])
+                value = worth * (1.0 + chance - self._mean)
+                if position < stood:
+                    stood_at[position + 1] += value
+                elif stood == steps:
+                    more += chance * value
+        gained = []
+        for number in range(1, numbers + 1):
+            tokens, value = sum(stood_at[number + 1 :]), more
+            for position in range(steps, number):
+                tokens -= value
+                value *= self._acceptance[min(position + 1, self._longest - 1)]
+            gained.append(tokens - self._rate * (self._costs[steps] - self._costs[number]))
+        return gained + [0.0] * (Coasting.NUMBERS - numbers)
 
     def _count(self, cycle: _Cycle) -> None:
         """What stood, by position, and where drafts were judged by confidence, and by the token before."""

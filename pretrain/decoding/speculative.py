@@ -165,7 +165,7 @@ class _Batch:
         if len(rows) == len(self.numbers):
             return self
         rows_B = torch.tensor(rows, dtype=torch.long, device=self.lengths_B.device)
-        self.trunk.keep(rows_B)
+        self.trunk.keep(rows)
         numbers = [self.numbers[row] for row in rows]
         return _Batch(self.trunk, numbers, self.lengths_B[rows_B], self.state_BD[rows_B], self.next[rows_B], self.since)
 

@@ -24,8 +24,8 @@ class Trunk(Protocol):
         All earlier positions must have been read; later ones are forgotten.
         """
 
-    def keep(self, rows_B: Tensor) -> None:
-        """Leave out all texts but these."""
+    def keep(self, rows: list[int]) -> None:
+        """Leave out all texts but these, in ascending order."""
 
 
 class CachedTrunk:
@@ -55,10 +55,17 @@ class CachedTrunk:
         ).last_hidden_state
         return states
 
-    def keep(self, rows_B: Tensor) -> None:
-        """See `Trunk`."""
-        self._keys = [keys[rows_B] for keys in self._keys]
-        self._values = [values[rows_B] for values in self._values]
+    def keep(self, rows: list[int]) -> None:
+        """See `Trunk`.
+
+        Only texts behind one that left are moved, and no further than they are read: a cache is large.
+        """
+        for stored in (self._keys, self._values):
+            for layer, all_BKSC in enumerate(stored):
+                for row, before in enumerate(rows):
+                    if row != before:
+                        all_BKSC[row, :, : self._slots] = all_BKSC[before, :, : self._slots]
+                stored[layer] = all_BKSC[: len(rows)]
 
     def update(self, keys_BKTC: Tensor, values_BKTC: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values; all of them up to the last one that is read, (B, K, S, C) each."""

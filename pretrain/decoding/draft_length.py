@@ -137,7 +137,6 @@ class AdaptiveLength:
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
     EXPLORE_EVERY = 96  # cycles, one drafts two tokens more than the last
     ESTIMATE_EVERY = 4  # cycles: a small model's take less than a millisecond
-    NEARLY_BEST = 0.95
     SAMPLE = 3  # cycles of a block that coasts, from which is learned as from others
     LEAST = 2  # drafts of a cycle that drafts, where no fewer are the best of all fixed numbers
     FADING = 0.96  # of counts, in as many cycles that draft: what was given up is tried again some time
@@ -265,9 +264,12 @@ class AdaptiveLength:
         coasted, self._seen, self._coasted = self._coasted, [], _Coasted()
         if coasted.cycles:
             self._work += max(coasted.cycles - self.SAMPLE, 0)
-            plain = texts * coasted.seconds / self._costs[0]
-            ratios = [cycle.seconds / self._costs[0] for cycle in seen]
-            self._coasting_of(texts).saw_coasted(coasted.cycles, coasted.tokens, plain, ratios)
+            observed, plain = sum(cycle.seconds for cycle in seen), self._costs[0]
+            others = coasted.cycles - len(seen)
+            mean = (coasted.seconds - observed) / (others * plain) if others > 0 else None
+            self._coasting_of(texts).saw_coasted(
+                *(texts, steps, coasted.cycles, coasted.tokens, coasted.seconds / plain, mean)
+            )
 
     def _coasting_of(self, texts: int) -> Coasting:
         """Numbers of texts that differ little share what they know."""
@@ -275,49 +277,29 @@ class AdaptiveLength:
 
     def _coast(self) -> None:
         """Where the next cycle is to draft while it pays, and to judge that is not worth its time: do not."""
-        drafts = self._coasting_of(self._texts).drafts
-        self._coasts = self._planned is None and drafts is not None and self._nearly_best(drafts)
+        self._coasts = self._planned is None and self._least > 1 and self._coasting_of(self._texts).coasts
         if self._coasts:
-            self._planned = drafts
-
-    def _nearly_best(self, drafts: int) -> bool:
-        """Where costs grow with the texts, the usual number may be far from it for short or long ones."""
-        best = self._expected[self._best] / self._costs[self._best]
-        return self._expected[drafts] / self._costs[drafts] > self.NEARLY_BEST * best
+            self._planned = self._least
 
     def _judge(self, cycle: _Cycle) -> None:
         """Note what it was worth to judge this cycle's drafts."""
         if not cycle.judged:
             return
         coasting = self._coasting_of(len(cycle.accepted))
-        if coasting.drafts is None:
-            seconds = cycle.seconds / self._costs[0]
-            tokens, plain = _worth(cycle.accepted, cycle.worth), len(cycle.accepted) * seconds
-            coasting.saw_judged(cycle.steps, self._gained(cycle), tokens, plain, seconds)
+        seconds, tokens = cycle.seconds / self._costs[0], _worth(cycle.accepted, cycle.worth)
+        coasting.saw_judged(len(cycle.accepted), cycle.steps, self._gained(cycle), tokens, seconds)
 
-    def _gained(self, cycle: _Cycle) -> list[float]:
-        """How many tokens more a judged cycle gave than 1, 2, … drafts would have in as much time.
-
-        Of drafts that it did not make the chance is counted.
-        """
-        steps, numbers = cycle.steps, min(Coasting.NUMBERS, self._longest)
-        stood_at, more = [0.0] * (max(steps, numbers) + 1), 0.0  # worth of drafts, by position; of one draft more
+    def _gained(self, cycle: _Cycle) -> float:
+        """How many tokens more a judged cycle gave than the least number of drafts would have in as much time."""
+        steps, least = cycle.steps, min(self.LEAST, self._longest)
+        gained = -self._rate * (self._costs[steps] - self._costs[least])
         for text, (stood, worth) in enumerate(zip(cycle.accepted, cycle.worth, strict=True)):
-            for position in range(min(stood + 1, len(cycle.tokens), self._longest)):
+            for position in range(least, stood):
                 chance = self._after(cycle.tokens[position][text], self._acceptance[position])
-                value = worth * (1.0 + chance - self._mean)
-                if position < stood:
-                    stood_at[position + 1] += value
-                elif stood == steps:
-                    more += chance * value
-        gained = []
-        for number in range(1, numbers + 1):
-            tokens, value = sum(stood_at[number + 1 :]), more
-            for position in range(steps, number):
-                tokens -= value
-                value *= self._acceptance[min(position + 1, self._longest - 1)]
-            gained.append(tokens - self._rate * (self._costs[steps] - self._costs[number]))
-        return gained + [0.0] * (Coasting.NUMBERS - numbers)
+                gained += worth * (1.0 + chance - self._mean)
+            if stood == steps < least:  # it made fewer, and the next one would have stood by chance
+                gained -= worth * self._acceptance[steps]
+        return gained
 
     def _count(self, cycle: _Cycle) -> None:
         """What stood, by position, and where drafts were judged by confidence, and by the token before."""

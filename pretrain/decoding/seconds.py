@@ -19,7 +19,7 @@ class Seconds:
     OTHERS = 0.03  # what a measurement with another number of texts is worth
     ENOUGH = 4  # measurements, to compare numbers of texts
     LINE = 2.0  # measurements with so many drafts that the line is worth
-    GROWTHS = (0.0, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 4)
+    GROWTHS = (0.0, 1 / 2048, 1 / 1024, 1 / 512, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 4)
     COMPARED = 4  # of so many measurements one, with the oldest kept of its kind
     FADING = 0.95  # of disagreement (squared, in logarithms) with each that is compared
     STEADY = 0.02  # of disagreement, by which any growth must be better than none

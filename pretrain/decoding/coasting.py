@@ -13,7 +13,7 @@ class Coasting:
     is tried for two blocks now and then, the more seldom the more it would lose, so that LOSS of the time is lost by it.
 
     What coasting is worth is first reckoned: what the judged cycles gained over the least number is known from
-    themselves (see `saw_judged`), and what judging costs from the seconds of cycles with as many drafts, judged and not.
+    themselves (see `saw_judged`), and what judging costs from the seconds of draft steps, judged and not.
     But that sees one cycle at a time, and not what a cycle leaves to the next. So what a block achieved is compared with
     the one before it, of the other kind, and tells how far the reckoned worth is off (a Kalman filter).
     """
@@ -25,7 +25,8 @@ class Coasting:
     FADING = 0.97  # of what was seen, with each block
     COST, MOST = 0.03, 0.1  # share of the time that judging takes, as long as it was hardly measured; and the most
     SLOW = 2  # so many such blocks in a row, and it judges
-    KEPT = 31  # last seconds of cycles with so many texts and drafts
+    STEPS = 4.0  # draft steps, of which what judging adds is what it adds to a cycle: half of it is in two steps
+    KEPT = 31  # last seconds of draft steps, for so many texts
     SPREAD = 0.03  # standard deviation of what is reckoned
     VARIANCE = 0.8  # of a block's tokens, times its cycles and texts, over their mean squared, as long as few were seen:
     BLOCKS = 4.0  # worth so many differences of two blocks of a kind
@@ -35,8 +36,9 @@ class Coasting:
         # Of judged cycles.
         self._tokens = self._gained = self._known = 0.0
         self._blocks = 0
-        self._judged: dict[tuple[int, int], deque[float]] = {}  # texts, drafts of each → seconds, in plain cycles
-        self._coasted: dict[tuple[int, int], deque[float]] = {}  # means
+        self._judged: dict[int, deque[float]] = {}  # texts → seconds of a draft step,
+        self._coasted: dict[int, deque[float]] = {}  # and where it coasts
+        self._cycle_seconds: dict[int, float] = {}  # texts → of a whole cycle
         self._off, self._doubt = 0.0, self.SPREAD**2  # what coasting is worth more than reckoned, and its variance
         self._squares, self._alike = self.BLOCKS * 2.0 * self.VARIANCE / (self.BLOCK * texts), self.BLOCKS
         self._last: tuple[bool, float] | None = None  # did the last block coast, and the logarithm of what it achieved
@@ -56,11 +58,11 @@ class Coasting:
     def cost(self) -> float:
         """Share of the time that judging takes."""
         shares, weights = self.COST * self.BLOCK, float(self.BLOCK)
-        for key in self._judged.keys() & self._coasted.keys():
-            judged, coasted = sorted(self._judged[key]), sorted(self._coasted[key])
+        for texts in self._judged.keys() & self._coasted.keys():
+            judged, coasted = sorted(self._judged[texts]), sorted(self._coasted[texts])
             weight = min(len(judged), self.BLOCK * len(coasted))
-            share = 1.0 - coasted[len(coasted) // 2] / judged[len(judged) // 2]
-            shares += weight * min(max(share, 0.0), self.MOST)
+            more = judged[len(judged) // 2] - coasted[len(coasted) // 2]
+            shares += weight * min(max(self.STEPS * more / self._cycle_seconds[texts], 0.0), self.MOST)
             weights += weight
         return shares / weights
 
@@ -69,25 +71,25 @@ class Coasting:
         """Share of the tokens that coasting gives more than judging."""
         return self.cost - self._gained / max(self._tokens, 1.0) + self._off
 
-    def saw_judged(self, texts: int, drafts: int, gained: float, tokens: float, seconds: float) -> None:
-        """A judged cycle with so many drafts.
+    def saw_judged(self, texts: int, gained: float, tokens: float, plain: float, step: float, cycle: float) -> None:
+        """A judged cycle.
 
-        gained: how many tokens more than the least number of drafts would have given in as much time. seconds: in plain
-        cycles.
+        gained: how many tokens more than the least number of drafts would have given in as much time. plain: tokens that
+        plain decoding would have given. step, cycle: seconds of its draft steps, and of one with the least number.
         """
         self._tokens += tokens
         self._known += tokens
         self._gained += gained
-        self._judged.setdefault((texts, drafts), deque(maxlen=self.KEPT)).append(seconds)
+        self._judged.setdefault(texts, deque(maxlen=self.KEPT)).append(step)
+        self._cycle_seconds[texts] = cycle
         if not self.coasts:
-            self._count(1, tokens, texts * seconds)
+            self._count(1, tokens, plain)
 
-    def saw_coasted(self, texts: int, drafts: int, cycles: int, tokens: float, seconds: float, mean: float | None) -> None:
-        """Cycles that were not judged: see `saw_judged`. mean: seconds of one, of those that were not observed."""
-        if mean is not None:
-            self._coasted.setdefault((texts, drafts), deque(maxlen=self.KEPT // 4)).append(mean)
+    def saw_coasted(self, texts: int, cycles: int, tokens: float, plain: float, step: float) -> None:
+        """Cycles that were not judged: see `saw_judged`."""
+        self._coasted.setdefault(texts, deque(maxlen=self.KEPT // 4)).append(step)
         if self.coasts:
-            self._count(cycles, tokens, texts * seconds)
+            self._count(cycles, tokens, plain)
 
     def _count(self, cycles: int, tokens: float, plain: float) -> None:
         self._made += tokens
@@ -102,8 +104,8 @@ class Coasting:
         """Is the next block to coast? `achieved`: logarithm of what it was faster than plain decoding."""
         if not self.coasts:
             self._blocks += 1
-            self._tokens *= self.FADING
-            self._gained *= self.FADING
+        self._tokens *= self.FADING
+        self._gained *= self.FADING
         if self._known < self.KNOWN or self._blocks < self.KNOWN_BLOCKS:
             return
         self._slow = self._slow + 1 if self.coasts and achieved < 0.0 else 0

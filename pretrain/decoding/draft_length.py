@@ -87,13 +87,15 @@ class _Coasted:
 
     cycles: int = 0
     tokens: float = 0.0  # by what they are worth
+    draft_seconds: float = 0.0
     seconds: float = 0.0
 
-    def add(self, tokens: float, seconds: float) -> None:
+    def add(self, tokens: float, draft_seconds: float, rest: float) -> None:
         """One more."""
         self.cycles += 1
         self.tokens += tokens
-        self.seconds += seconds
+        self.draft_seconds += draft_seconds
+        self.seconds += draft_seconds + rest
 
 
 class AdaptiveLength:
@@ -137,7 +139,7 @@ class AdaptiveLength:
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
     EXPLORE_EVERY = 96  # cycles, one drafts two tokens more than the last
     ESTIMATE_EVERY = 4  # cycles: a small model's take less than a millisecond
-    SAMPLE = 3  # cycles of a block that coasts, from which is learned as from others
+    SAMPLE = 1  # cycle of a block that coasts, from which is learned as from others
     LEAST = 2  # drafts of a cycle that drafts, where no fewer are the best of all fixed numbers
     FADING = 0.96  # of counts, in as many cycles that draft: what was given up is tried again some time
     ACHIEVED_FADING, TRUST = 0.97, 30.0  # of r as achieved; how many cycles the expected r is worth
@@ -178,7 +180,7 @@ class AdaptiveLength:
         self._alive: list[float] | None = None  # text → s, with the first drafts `_followed`
         self._followed = 0
         self._seen: list[_Cycle] = []  # nothing learned from them yet
-        self._coasted = _Coasted()
+        self._coasted, self._block_left = _Coasted(), 0
         self._room, self._began = 0, 0  # tokens that each text of this batch may have, and the cycle when it began
         self._shared = 0.5
         self._observes = True  # this cycle's drafts
@@ -217,8 +219,8 @@ class AdaptiveLength:
         self._cycles += 1
         self._texts = len(accepted)
         if self._coasts:
-            self._coasted.add(_worth(accepted, self._worth), sum(draft_seconds) + rest)
-            over = self._coasted.cycles >= self._coasting_of(self._texts).left
+            self._coasted.add(_worth(accepted, self._worth), sum(draft_seconds), rest)
+            over = self._coasted.cycles >= self._block_left
         else:
             often = self._cycles % self.ESTIMATE_EVERY == 0 or self._new > 0
             over, self._new = self._planned is not None or often, self._new - 1
@@ -264,30 +266,30 @@ class AdaptiveLength:
         coasted, self._seen, self._coasted = self._coasted, [], _Coasted()
         if coasted.cycles:
             self._work += max(coasted.cycles - self.SAMPLE, 0)
-            observed, plain = sum(cycle.seconds for cycle in seen), self._costs[0]
-            others = coasted.cycles - len(seen)
-            mean = (coasted.seconds - observed) / (others * plain) if others > 0 else None
-            self._coasting_of(texts).saw_coasted(
-                *(texts, steps, coasted.cycles, coasted.tokens, coasted.seconds / plain, mean)
-            )
+            plain, step = texts * coasted.seconds / self._costs[0], coasted.draft_seconds / (coasted.cycles * steps)
+            self._coasting_of(texts).saw_coasted(texts, coasted.cycles, coasted.tokens, plain, step)
 
     def _coasting_of(self, texts: int) -> Coasting:
         """Numbers of texts that differ little share what they know."""
-        return self._coasting.setdefault(round(math.log2(texts)), Coasting(texts))
+        key = round(math.log2(texts))
+        if key not in self._coasting:
+            self._coasting[key] = Coasting(texts)
+        return self._coasting[key]
 
     def _coast(self) -> None:
         """Where the next cycle is to draft while it pays, and to judge that is not worth its time: do not."""
         self._coasts = self._planned is None and self._least > 1 and self._coasting_of(self._texts).coasts
         if self._coasts:
-            self._planned = self._least
+            self._planned, self._block_left = self._least, self._coasting_of(self._texts).left
 
     def _judge(self, cycle: _Cycle) -> None:
         """Note what it was worth to judge this cycle's drafts."""
         if not cycle.judged:
             return
-        coasting = self._coasting_of(len(cycle.accepted))
-        seconds, tokens = cycle.seconds / self._costs[0], _worth(cycle.accepted, cycle.worth)
-        coasting.saw_judged(len(cycle.accepted), cycle.steps, self._gained(cycle), tokens, seconds)
+        texts, least = len(cycle.accepted), min(self.LEAST, self._longest)
+        tokens, plain = _worth(cycle.accepted, cycle.worth), texts * cycle.seconds / self._costs[0]
+        step = cycle.draft_seconds / cycle.steps
+        self._coasting_of(texts).saw_judged(texts, self._gained(cycle), tokens, plain, step, self._costs[least])
 
     def _gained(self, cycle: _Cycle) -> float:
         """How many tokens more a judged cycle gave than the least number of drafts would have in as much time."""
@@ -454,7 +456,8 @@ class AdaptiveLength:
         share, all_late = 1.0 - self._shared, sum(late)
         per_cycle = sum(rates) / len(left)
         return [
-            per_cycle / rate * (share + self._shared * len(left) * one / all_late) for rate, one in zip(rates, late, strict=True)
+            per_cycle / rate * (share + self._shared * len(left) * each / all_late) if n else 0.0
+            for n, rate, each in zip(left, rates, late, strict=True)
         ]
 
     def _confident(self, b: int) -> float:

@@ -113,11 +113,15 @@ class Seconds:
         if texts in self._plain:
             return self._plain[texts]
         plain = sorted(self._plain)
-        above = min(bisect_left(plain, texts), len(plain) - 1)
-        below = above if plain[above] <= texts else max(above - 1, 0)
-        low, high = self._plain[plain[below]], self._plain[plain[above]]
-        share = (texts - plain[below]) / (plain[above] - plain[below]) if above > below else 0.0
-        return low + share * (high - low)
+        above = bisect_left(plain, texts)
+        if above == 0 or len(plain) == 1:
+            return self._plain[plain[0]]
+        # Beyond the most that were measured the line through the fewest goes on.
+        left, right = (plain[above - 1], plain[above]) if above < len(plain) else (plain[0], plain[-1])
+        slope = (self._plain[right] - self._plain[left]) / (right - left)
+        if above < len(plain):
+            return self._plain[left] + slope * (texts - left)
+        return self._plain[right] + max(slope, 0.0) * (texts - right)
 
     def _line(self, texts: int) -> tuple[float, float]:
         """Seconds of a cycle with drafts, at length 0: start and slope, by drafts of each text, of the best line.

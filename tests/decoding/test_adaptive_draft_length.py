@@ -151,17 +151,17 @@ def test_stops_where_a_position_is_never_accepted(vocabulary):
 
 def test_drafts_longer_in_cycles_whose_drafts_are_sure():
     """Confidence tells which cycles' drafts stand; positions alone do not."""
-    rule, chance = AdaptiveLength(), random.Random(0)
+    rule, chance, words = AdaptiveLength(), random.Random(0), random.Random(1)
     lengths: dict[bool, list[int]] = {True: [], False: []}
     for _ in range(800):
         sure, drafted = chance.random() < 0.5, 0
-        while rule.wants_another(drafted, [0], [1000], 1):
+        while rule.wants_another(drafted, [words.randrange(50)], [1000], 1):
             rule.saw_draft(torch.tensor([[5.0 if sure else 0.5, 0.0, 0.0]]), NO_CHANCES)
             drafted += 1
         accepted = next((i for i in range(drafted) if chance.random() >= (0.98 if sure else 0.3)), drafted)
         rule.saw_cycle([accepted], [drafted], [0.15] * drafted, 1.0)
         lengths[sure].append(drafted)
-    assert mean_late(lengths[True]) > mean_late(lengths[False]) + 3
+    assert mean_late(lengths[True]) > mean_late(lengths[False]) + 4
 
 
 def test_ends_before_what_follows_a_token_that_foretells_nothing():
@@ -228,7 +228,6 @@ def test_drafts_for_the_text_that_lags_and_not_for_one_at_its_end():
     first, both, second = map(mean_late, lengths.values())
     assert first > both + 1 and both > second + 1
     assert rule._weights([7]) == [1.0] and rule._weights([0, 9])[0] == 0.0
-    assert sum(rule._weights([90, 100, 50])) == pytest.approx(3.0)
 
 
 def test_keeps_texts_in_step_where_every_third_token_cannot_be_foreseen():
@@ -277,12 +276,12 @@ def test_a_smaller_batch_is_decided_about_anew():
 def test_a_smaller_batch_costs_one_plain_cycle_where_drafting_is_far_better():
     _, rule = run(lambda _: 0.95, 200, 0.05, flat, texts=8)
     fewer, _ = run(lambda _: 0.95, 40, 0.05, flat, rule=rule, texts=2)
-    assert fewer[1] == 0 and fewer.count(0) == 1
+    assert fewer[0] == 0 and fewer.count(0) == 1
 
 
 def test_every_number_of_texts_costs_one_plain_cycle_at_most_until_it_lasts():
     """Drafting gains little, so that plain decoding is looked at with warm caches; but not for each text's end."""
-    lengths, rule = run(lambda _: 0.75, 400, 0.1, step_up, texts=8)
+    lengths, rule = run(lambda _: 0.75, 1000, 0.1, step_up, texts=8)
     assert lengths.count(0) > 2 * AdaptiveLength.LOOK
     for texts in (5, 2, 1):
         fewer, _ = run(lambda _: 0.75, 12, 0.1, step_up, rule=rule, texts=texts)
@@ -344,7 +343,7 @@ def test_plain_seconds_of_a_number_of_texts_that_was_not_measured():
     seconds = Seconds()
     for texts, cost in ((8, 2.2), (2, 1.0)):
         seconds.add(texts, 0, cost)
-    assert [seconds.at(texts) for texts in (1, 2, 5, 8, 9)] == pytest.approx([1.0, 1.0, 1.6, 2.2, 2.2])
+    assert [seconds.at(texts) for texts in (1, 2, 5, 8, 9)] == pytest.approx([1.0, 1.0, 1.6, 2.2, 2.4])
     assert [texts for texts in range(1, 20) if seconds.has_about(texts)] == [2, 3, *range(5, 16)]
     assert not seconds.has_about(8, times=2)
     seconds.add(6, 0, 2.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -144,7 +145,10 @@ class AdaptiveLength:
     FADING = 0.96  # of counts, in as many cycles that draft: what was given up is tried again some time
     ACHIEVED_FADING, TRUST = 0.97, 30.0  # of r as achieved; how many cycles the expected r is worth
     BINS = 10
+    DEPTHS, DEEPER = 4, 3.0  # the deeper a draft, the less its confidence tells; each depth is of two positions, and is
+    # taken to be as the one before it, which is worth so many observations
     HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
+    ALONE = [1.0]
     RATED = 4.0  # cycles of a text that its rate is taken to be the others', and
     SPREAD = 0.7  # standard deviation of the cycles that a text takes more than another, over the root of theirs
     TOKEN_FADING = 0.9  # of a token's counts, with each draft made after it
@@ -157,7 +161,7 @@ class AdaptiveLength:
         self._rest_seconds = Seconds()  # of a cycle
         self._by_position = [[0.0, 0.0] for _ in range(longest)]  # accepted, seen
         self._by_token: dict[int, list[float]] = {}
-        self._by_confidence = [[0.0, 0.0] for _ in range(self.BINS)]
+        self._by_confidence = [[[0.0, 0.0] for _ in range(self.BINS)] for _ in range(self.DEPTHS)]
         self._cycles, self._drafting, self._texts = 0, 0, 1
         self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
         self._coasts = False  # so many because nearly always so many pay
@@ -170,6 +174,7 @@ class AdaptiveLength:
         self._estimated_for, self._best, self._rate, self._least = 0, 0, 0.0, 1
         self._achieved = [0.0, 0.0]  # tokens of the last cycles with drafts, and those that were expected of them
         self._acceptance: list[float] = []
+        self._confident = [[self.HOPE] * self.BINS] * self.DEPTHS  # depth, bin of confidence → acceptance
         self._expected: list[float] = []
         self._costs: list[float] = []
         self._demanded: dict[int, float] = {}  # see `_demand`
@@ -309,7 +314,7 @@ class AdaptiveLength:
         if self._drafting % self.ESTIMATE_EVERY == 0:
             # What is not tried because the cycle coasts is not forgotten.
             positions = self._by_position[: cycle.steps] if cycle.coasted else self._by_position
-            for counts in self._by_confidence + positions:
+            for counts in itertools.chain(*self._by_confidence, positions):
                 counts[0] *= self.FADING
                 counts[1] *= self.FADING
         for text, (stood, made) in enumerate(zip(cycle.accepted, cycle.drafted, strict=True)):
@@ -320,7 +325,7 @@ class AdaptiveLength:
                 counts[1] += 1
                 if not cycle.bins:
                     continue
-                counts = self._by_confidence[cycle.bins[position][text]]
+                counts = self._by_confidence[min(position // 2, self.DEPTHS - 1)][cycle.bins[position][text]]
                 counts[0] += stands
                 counts[1] += 1
                 counts = self._by_token.setdefault(cycle.tokens[position][text], [0.0, 0.0])
@@ -370,6 +375,11 @@ class AdaptiveLength:
             if reached and tokens > self._rate * self._costs[k]:
                 self._best, self._rate = k, tokens / self._costs[k]
 
+        self._confident, expected, worth = [], [self.HOPE] * self.BINS, 1.0
+        for bins in self._by_confidence:
+            expected = [(stood + worth * e) / (seen + worth) for (stood, seen), e in zip(bins, expected, strict=True)]
+            self._confident.append(expected)
+            worth = self.DEEPER
         self._mean = sum(stood for stood, _ in self._by_position) / max(sum(seen for _, seen in self._by_position), 1.0)
         self._shared = self._rest_seconds.shared(self._texts, self._best)
         achieved, expected = self._achieved
@@ -416,9 +426,10 @@ class AdaptiveLength:
         """Are more drafts worth their time?"""
         if self._alive is None:
             self._alive, self._followed = [1.0] * len(left), 0
-        for tokens, bins in zip(self._tokens[self._followed : drafted], self._bins[self._followed :], strict=True):
-            for text, (token, b) in enumerate(zip(tokens, bins, strict=True)):
-                self._alive[text] *= self._after(token, self._confident(b))
+        for position in range(self._followed, drafted):
+            confident = self._confident[min(position // 2, self.DEPTHS - 1)]
+            for text, (token, b) in enumerate(zip(self._tokens[position], self._bins[position], strict=True)):
+                self._alive[text] *= self._after(token, confident[b])
         self._followed = drafted
         chance, hoped = self._acceptance[drafted], 0.0
         for n, weight, alive, token in zip(left, self._worth, self._alive, self._tokens[drafted], strict=True):
@@ -445,7 +456,7 @@ class AdaptiveLength:
         max n_i / ρ_i cycles; `_shared` of a cycle's time is for the latter.
         """
         if len(left) == 1:
-            return [1.0]
+            return self.ALONE
         cycles = self._cycles - self._began + self.RATED
         made = [self._room - n for n in left]
         prior = self.RATED * (sum(made) / (len(left) * max(cycles - self.RATED, 1)) or 1.0)
@@ -459,11 +470,6 @@ class AdaptiveLength:
             per_cycle / rate * (share + self._shared * len(left) * each / all_late) if n else 0.0
             for n, rate, each in zip(left, rates, late, strict=True)
         ]
-
-    def _confident(self, b: int) -> float:
-        """Acceptance of drafts whose confidence lies in bin b."""
-        stood, seen = self._by_confidence[b]
-        return (stood + self.HOPE) / (seen + 1.0)
 
     def _after(self, token: int, chance: float) -> float:
         """Acceptance of drafts made after this token, where `chance` is what is expected of any."""

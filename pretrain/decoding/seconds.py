@@ -84,13 +84,15 @@ class Seconds:
 
     def shared(self, texts: int, drafts: int) -> float:
         """Share of a cycle's seconds that fewer texts would take too: a half, where that is not known."""
-        known = [n for n in (texts, *self._measured) if len(self._measured.get(n, {}).get(drafts, ())) >= self.ENOUGH]
-        fewer = min((n for n in known if 2 * n <= texts), default=None)
-        if fewer is None or texts not in known:
+        fewer = min((n for n, measured in self._measured.items() if self._is_known(measured)), default=texts)
+        if 2 * fewer > texts or not self._is_known(self._measured.get(texts, {})):
             return 0.5
-        few, all_texts = self._medians[fewer][drafts], self._medians[texts][drafts]
+        few, all_texts = self.by_drafts(fewer, drafts)[drafts], self.by_drafts(texts, drafts)[drafts]
         each = (all_texts - few) / (texts - fewer)
         return min(max(1.0 - texts * each / all_texts, 0.0), 1.0)
+
+    def _is_known(self, measured: dict[int, deque[tuple[int, float]]]) -> bool:
+        return any(drafts and len(kept) >= self.ENOUGH for drafts, kept in measured.items())
 
     def _find_growth(self) -> None:
         growing = min(range(1, len(self.GROWTHS)), key=self._disagreement.__getitem__)

@@ -19,8 +19,8 @@ class Coasting:
     """
 
     BLOCK = 12  # cycles
-    LOSS = 0.005
-    LONGEST = 48.0  # blocks between two trials
+    LOSS = 0.003
+    LONGEST, LONGEST_COASTING = 48.0, 16.0  # blocks between two trials
     KNOWN, KNOWN_BLOCKS = 250.0, 6  # tokens of judged cycles, and blocks of them, before it ever coasts
     FADING = 0.97  # of what was seen, with each block
     COST, MOST = 0.03, 0.1  # share of the time that judging takes, as long as it was hardly measured; and the most
@@ -86,7 +86,7 @@ class Coasting:
             self._count(1, tokens, plain)
 
     def saw_coasted(self, texts: int, cycles: int, tokens: float, plain: float, step: float) -> None:
-        """Cycles that were not judged: see `saw_judged`."""
+        """Cycles that were not judged, all of as many texts: see `saw_judged`."""
         self._coasted.setdefault(texts, deque(maxlen=self.KEPT // 4)).append(step)
         if self.coasts:
             self._count(cycles, tokens, plain)
@@ -142,7 +142,8 @@ class Coasting:
             self._turn()
 
     def _until_trial(self) -> float:
-        return min(2.0 * abs(self.worth) / self.LOSS, self.LONGEST)
+        longest = self.LONGEST_COASTING if self.coasts else self.LONGEST
+        return min(2.0 * abs(self.worth) / self.LOSS, longest)
 
     def _turn(self) -> None:
         self.coasts, self._turned = not self.coasts, True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -88,15 +89,15 @@ class _Coasted:
 
     cycles: int = 0
     tokens: float = 0.0  # by what they are worth
-    draft_seconds: float = 0.0
     seconds: float = 0.0
+    drafting: list[float] = field(default_factory=list)  # seconds of all draft steps, by cycle
 
     def add(self, tokens: float, draft_seconds: float, rest: float) -> None:
         """One more."""
         self.cycles += 1
         self.tokens += tokens
-        self.draft_seconds += draft_seconds
         self.seconds += draft_seconds + rest
+        self.drafting.append(draft_seconds)
 
 
 class AdaptiveLength:
@@ -271,7 +272,7 @@ class AdaptiveLength:
         coasted, self._seen, self._coasted = self._coasted, [], _Coasted()
         if coasted.cycles:
             self._work += max(coasted.cycles - self.SAMPLE, 0)
-            plain, step = texts * coasted.seconds / self._costs[0], coasted.draft_seconds / (coasted.cycles * steps)
+            plain, step = texts * coasted.seconds / self._costs[0], statistics.median(coasted.drafting) / steps
             self._coasting_of(texts).saw_coasted(texts, coasted.cycles, coasted.tokens, plain, step)
 
     def _coasting_of(self, texts: int) -> Coasting:

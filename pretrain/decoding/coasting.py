@@ -9,13 +9,13 @@ from collections import deque
 class Coasting:
     """Where more drafts than the least number hardly ever pay, that many are drafted and none is judged: it coasts.
 
-    For one number of texts. Cycles come in blocks, judged or coasting. What is known to be better goes on, and the other
-    is tried for two blocks now and then, the more seldom the more it would lose, so that LOSS of the time is lost by it.
+    For one number of texts. Cycles come in blocks, judged or coasting. What is known to be better goes on, and the
+    other is tried for two blocks now and then, the more seldom the more it would lose: for LOSS of the time.
 
     What coasting is worth is first reckoned: what the judged cycles gained over the least number is known from
-    themselves (see `saw_judged`), and what judging costs from the seconds of draft steps, judged and not.
-    But that sees one cycle at a time, and not what a cycle leaves to the next. So what a block achieved is compared with
-    the one before it, of the other kind, and tells how far the reckoned worth is off (a Kalman filter).
+    themselves, and what judging costs from the seconds of draft steps, judged and not. But that sees one cycle at a
+    time, and not what a cycle leaves to the next. So what a block achieved is compared with the one before it, of the
+    other kind, and tells how far the reckoned worth is off (a Kalman filter).
     """
 
     BLOCK = 12  # cycles
@@ -24,11 +24,11 @@ class Coasting:
     KNOWN, KNOWN_BLOCKS = 250.0, 6  # tokens of judged cycles, and blocks of them, before it ever coasts
     FADING = 0.97  # of what was seen, with each block
     COST, MOST = 0.03, 0.1  # share of the time that judging takes, as long as it was hardly measured; and the most
-    SLOW = 2  # so many such blocks in a row, and it judges
     STEPS = 4.0  # draft steps, of which what judging adds is what it adds to a cycle: half of it is in two steps
     KEPT = 31  # last seconds of draft steps, for so many texts
+    SLOW = 2  # blocks in a row that coasted and were slower than plain decoding, and it judges
     SPREAD = 0.03  # standard deviation of what is reckoned
-    VARIANCE = 0.8  # of a block's tokens, times its cycles and texts, over their mean squared, as long as few were seen:
+    VARIANCE = 0.8  # of a block's tokens over their mean, times its cycles and texts, as long as few were seen:
     BLOCKS = 4.0  # worth so many differences of two blocks of a kind
 
     def __init__(self, texts: int) -> None:
@@ -42,7 +42,7 @@ class Coasting:
         self._off, self._doubt = 0.0, self.SPREAD**2  # what coasting is worth more than reckoned, and its variance
         self._squares, self._alike = self.BLOCKS * 2.0 * self.VARIANCE / (self.BLOCK * texts), self.BLOCKS
         self._last: tuple[bool, float] | None = None  # did the last block coast, and the logarithm of what it achieved
-        self._slow = 0  # blocks in a row that coasted, and plain decoding would have been faster
+        self._slow = 0  # see SLOW
         self._rest: float | None = None  # blocks until the other kind is tried
         self._turned = False  # to the other kind before this block
         # Of this block.
@@ -74,8 +74,8 @@ class Coasting:
     def saw_judged(self, texts: int, gained: float, tokens: float, plain: float, step: float, cycle: float) -> None:
         """A judged cycle.
 
-        gained: how many tokens more than the least number of drafts would have given in as much time. plain: tokens that
-        plain decoding would have given. step, cycle: seconds of its draft steps, and of one with the least number.
+        gained: how many tokens more than the least number of drafts would have given in as much time. plain: tokens
+        that plain decoding would have. step, cycle: seconds of its draft steps, and of a cycle with the least number.
         """
         self._tokens += tokens
         self._known += tokens

@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pretrain.decoding.draft_length import AdaptiveLength, DraftLength, FixedLength
+from pretrain.decoding.adaptive_length import AdaptiveLength
+from pretrain.decoding.draft_length import DraftLength, FixedLength
 from pretrain.decoding.drafting import DraftStep, draft_with_latent_dynamics
 from pretrain.decoding.dynamics_folder import load_dynamics
 from pretrain.decoding.sampling import Sampling

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from data_pipeline import UserError
-from pretrain.decoding.draft_length import AdaptiveLength
+from pretrain.decoding.adaptive_length import AdaptiveLength
 from pretrain.decoding.drafting import DraftStep, draft_with_latent_dynamics
 from pretrain.decoding.dynamics_folder import load_dynamics
 from pretrain.decoding.llama import DYNAMICS_PREFIX, llama_config, llama_name

@@ -11,9 +11,12 @@ from pathlib import Path
 
 from pretrain import latent_dynamics
 from pretrain.decoding import (
+    acceptance,
     accounting,
+    adaptive_length,
     captured,
     coasting,
+    cycle,
     draft_length,
     drafting,
     dynamics_folder,
@@ -21,13 +24,17 @@ from pretrain.decoding import (
     sampling,
     seconds,
     speculative,
+    text_worth,
     trunk,
 )
 
 MODULES = (
+    acceptance,
     accounting,
+    adaptive_length,
     captured,
     coasting,
+    cycle,
     draft_length,
     drafting,
     dynamics_folder,
@@ -35,6 +42,7 @@ MODULES = (
     sampling,
     seconds,
     speculative,
+    text_worth,
     trunk,
 )
 ERRORS = '''"""What is raised for a user's mistake."""

@@ -1,0 +1,96 @@
+"""How likely drafts stand, from those that were compared."""
+
+from __future__ import annotations
+
+import itertools
+
+from pretrain.decoding.cycle import Cycle
+
+
+class Acceptance:
+    """By position, by confidence, and by the token drafted after.
+
+    Confidence is the draft distribution's largest probability, in ten bins. The deeper a draft, the less it tells: each
+    depth, of two positions, has its own bins. And what follows some tokens is never foreseen.
+    """
+
+    FADING, FADE_EVERY = 0.96, 4  # of counts, in as many cycles that draft: what was given up is tried again some time
+    HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
+    BINS, DEPTHS = 10, 4
+    DEEPER = 3.0  # observations that those at the depth before are worth
+    TOKEN_FADING = 0.9  # of a token's counts, with each draft made after it
+    TOKEN_WEIGHT = 4.0  # of its own drafts that the acceptance of all is worth, where a token was seen before
+    TOKEN_GAIN = 2.0  # times that acceptance are the most its own may be: a position where none stands is no token's
+
+    def __init__(self, longest: int) -> None:
+        # Accepted and seen.
+        self._by_position = [[0.0, 0.0] for _ in range(longest)]
+        self._by_confidence = [[[0.0, 0.0] for _ in range(self.BINS)] for _ in range(self.DEPTHS)]
+        self._by_token: dict[int, list[float]] = {}
+        self._cycles = 0
+        # See `estimate`.
+        self.at: list[float] = []
+        self.mean = self.HOPE
+        self._confident = [[self.HOPE] * self.BINS] * self.DEPTHS
+
+    def bin_of(self, confidence: float) -> int:
+        """0 … BINS − 1."""
+        return min(int(confidence * self.BINS), self.BINS - 1)
+
+    def count(self, cycle: Cycle) -> None:
+        """What stood of a cycle's drafts."""
+        self._cycles += 1
+        if self._cycles % self.FADE_EVERY == 0:
+            # What is not tried because the cycle coasts is not forgotten.
+            positions = self._by_position[: cycle.steps] if cycle.coasted else self._by_position
+            for counts in itertools.chain(*self._by_confidence, positions):
+                counts[0] *= self.FADING
+                counts[1] *= self.FADING
+        for text, (stood, made) in enumerate(zip(cycle.accepted, cycle.drafted, strict=True)):
+            for position in range(min(stood + 1, made)):  # later ones were never compared
+                stands = position < stood
+                counts = self._by_position[position]
+                counts[0] += stands
+                counts[1] += 1
+                if not cycle.bins:
+                    continue
+                counts = self._by_confidence[self._depth(position)][cycle.bins[position][text]]
+                counts[0] += stands
+                counts[1] += 1
+                counts = self._by_token.setdefault(cycle.tokens[position][text], [0.0, 0.0])
+                counts[0] = counts[0] * self.TOKEN_FADING + stands
+                counts[1] = counts[1] * self.TOKEN_FADING + 1
+
+    def estimate(self) -> None:
+        """`at`: of each position, the chance that a draft stands where those before it do; `mean`: of all drafts."""
+        self.at, chance = [], self.HOPE
+        for stood, seen in self._by_position:
+            # Of a position never seen it is the chance of the one before.
+            chance = (stood + chance * self.WEIGHT) / (seen + self.WEIGHT)
+            self.at.append(chance)
+        all_stood, all_seen = (sum(numbers) for numbers in zip(*self._by_position, strict=True))
+        self.mean = all_stood / max(all_seen, 1.0)
+
+        self._confident, chances, worth = [], [self.HOPE] * self.BINS, 1.0
+        for bins in self._by_confidence:
+            chances = [(stood + worth * p) / (seen + worth) for (stood, seen), p in zip(bins, chances, strict=True)]
+            self._confident.append(chances)
+            worth = self.DEEPER
+
+    def was_seen(self, position: int) -> bool:
+        """Were drafts compared there lately?"""
+        return self._by_position[position][1] > 0.5
+
+    def after(self, token: int, chance: float) -> float:
+        """Of drafts made after this token, where `chance` is what is expected of any."""
+        stood, seen = self._by_token.get(token, (0.0, 0.0))
+        own = (stood + chance * self.TOKEN_WEIGHT) / (seen + self.TOKEN_WEIGHT)
+        return min(own, self.TOKEN_GAIN * chance)
+
+    def of_drafts(self, position: int, tokens: list[int], bins: list[int]) -> list[float]:
+        """Of drafts at a position, each made after its token, with confidence in its bin."""
+        confident = self._confident[self._depth(position)]
+        return [self.after(token, confident[b]) for token, b in zip(tokens, bins, strict=True)]
+
+    def _depth(self, position: int) -> int:
+        return min(position // 2, self.DEPTHS - 1)

@@ -1,0 +1,313 @@
+"""How many tokens a cycle drafts: as many as pay."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from torch import Tensor
+
+from pretrain.decoding.acceptance import Acceptance
+from pretrain.decoding.coasting import Coasting
+from pretrain.decoding.cycle import Cycle, Cycles, value_of
+from pretrain.decoding.seconds import Seconds
+from pretrain.decoding.text_worth import TextWorth
+
+
+class AdaptiveLength:
+    """Draft on while it pays, from what was seen so far; not at all where no length does.
+
+    Measured by the clock: d, a draft step for the B texts of the batch, and V(k), the rest of a cycle of k drafts.
+    With a_i the chance that draft i stands where those before it do, a cycle of k drafts gives
+    E(k) = B · (1 + a_1 + a_1 a_2 + … + a_1 ⋯ a_k) tokens in C(k) = k · d + V(k) seconds. The rule aims at the rate
+
+        r = max over k of E(k) / C(k),
+
+    which for k ≥ 1 is corrected by what cycles with drafts have achieved of what they were to achieve.
+    Where that is k = 0 it decodes plainly, and no draft step runs: but for a trial now and then, ever more seldom,
+    until what trials lose is LOSS of the time. A trial that gains is followed at once by one twice as long. Else it
+    looks at plain decoding now and then, for LOOKS_LOSS of the time, and a cycle with j drafts, which are still alive
+    with chances s (one of each text), drafts on if for any m ≥ 1 the tokens to be hoped for are worth their time,
+
+        Σ w · s · a' · (1 + a' − ā) · (1 + a_{j+2} + … + a_{j+2} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
+
+    the stopping rule that maximises the long-run rate (renewal-reward theorem). s is the product of the acceptance of
+    drafts of like confidence, and a' is a_{j+1}; both as far as nothing is known of drafts after the same token: see
+    `Acceptance`. The next cycle's first token is the target's own and never refused, and best spent on a token that is
+    hard to foresee. So a draft that stands is worth less than a token where it was less likely to than drafts are on
+    average, ā: it would have been that first token. The weights w tell what a token of each text is worth: `TextWorth`.
+    Where LEAST drafts or more are the best fixed number, a cycle drafts as many: cut short, it leaves the next one's
+    first token to what could be foreseen, and the texts of a batch fall out of step. And where it gains less than its
+    own time to judge each draft, LEAST are drafted without: `Coasting`.
+
+    Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
+    decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed
+    does not fix the text. One rule may serve many generations, one after the other: what it learned stays of use.
+    """
+
+    LONGEST = 16
+    FIRST = (0, 0, 0, 3)  # lengths of the first cycles, to learn the costs
+    LOSS = 0.005  # of the time, by trials of drafts where they do not pay
+    LOOKS_LOSS = 0.002  # of the time, by looks at plain decoding where they do
+    LOOK, COLD = 8, 4  # plain cycles in a row to see what one costs; the first ones find cold caches, and do not count
+    NEAR = 1.6  # speed-up over a cold plain cycle, below which a warm one must be known
+    SHORTEST_WORK = 128  # cycles with drafts between two looks
+    SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
+    EXPLORE_EVERY = 96  # cycles, one drafts two tokens more than the last
+    LEARN_EVERY = 4  # cycles: a small model's take less than a millisecond
+    NEW = 8  # cycles of so many texts as never before, each of which is learned from at once
+    SAMPLE = 1  # cycle of a block that coasts, from which is learned as from others
+    LEAST = 2  # drafts of a cycle that drafts, where no fewer are the best of all fixed numbers
+    ACHIEVED_FADING, TRUST = 0.97, 30.0  # of r as achieved; how many cycles the expected r is worth
+
+    def __init__(self, longest: int = LONGEST) -> None:
+        self._longest = longest
+        self._draft_seconds = Seconds()  # of a step
+        self._rest_seconds = Seconds()  # of a cycle
+        self._acceptance = Acceptance(longest)
+        self._text_worth = TextWorth()
+        self._coasting: dict[int, Coasting] = {}  # by number of texts
+        self._cycles, self._texts = 0, 1
+        self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
+        self._plain_run = self._work = 0  # cycles without drafts in a row, and with
+        self._look, self._looked = 0, False  # plain cycles to come, whatever pays; and whether there ever were any
+        self._rest = 0  # plain cycles until the next trial
+        self._patience = self.SHORTEST_REST  # no more of them than this, which doubles with every trial in vain
+        self._new = 0  # see NEW
+        # Not learned from yet.
+        self._seen: list[Cycle] = []
+        self._coasts, self._coasted, self._block_left = False, Cycles(), 0
+        # What is expected of a cycle: see `_estimate`.
+        self._estimated_for, self._best, self._least, self._rate = 0, 0, 1, 0.0
+        self._achieved = [0.0, 0.0]  # tokens of the last cycles with drafts, and those that were expected of them
+        self._expected: list[float] = []
+        self._costs: list[float] = []
+        self._demanded: dict[int, float] = {}  # see `_demand`
+        # Of this cycle, as in `Cycle`.
+        self._observes = True  # its drafts
+        self._worth: list[float] = []
+        self._tokens: list[list[int]] = []
+        self._bins: list[list[int]] = []
+        self._alive: list[float] = []  # text → s, with as many drafts `_followed`
+        self._followed = 0
+
+    def wants_another(self, drafted: int, tokens: list[int], left: list[int], longest: int) -> bool:
+        """See `DraftLength`."""
+        if drafted == 0:
+            self._begin_cycle(left, longest)
+        if self._observes:
+            self._tokens.append(tokens)
+        if self._planned is not None:
+            return drafted < self._planned
+        return drafted < self._least or (drafted < self._longest and self._pays(drafted, left))
+
+    def saw_draft(self, logits_BV: Tensor, q: Tensor) -> None:
+        """See `DraftLength`."""
+        if self._observes:
+            chances_BV = q if q.is_floating_point() else logits_BV.float().softmax(-1)
+            confidences = chances_BV.amax(-1).tolist()
+            self._bins.append([self._acceptance.bin_of(confidence) for confidence in confidences])
+
+    def saw_cycle(self, accepted: list[int], drafted: list[int], draft_seconds: list[float], rest: float) -> None:
+        """See `DraftLength`.
+
+        What a cycle has to teach is learned every few cycles: most cycles are too short to be spent on it.
+        """
+        self._cycles += 1
+        self._texts, steps, seconds = len(accepted), len(draft_seconds), sum(draft_seconds)
+        if self._coasts:
+            self._coasted.add(value_of(accepted, self._worth), seconds, rest)
+            over = self._coasted.number >= self._block_left
+        else:
+            over = self._planned is not None or self._new > 0 or self._cycles % self.LEARN_EVERY == 0
+            self._new -= 1
+        if self._coasted.number <= self.SAMPLE:
+            judged = self._planned is None and self._estimated_for == self._texts
+            drafts = (self._worth, self._tokens, self._bins)
+            length = self._rest_seconds.length
+            self._seen.append(Cycle(accepted, drafted, steps, seconds, rest, length, judged, self._coasts, *drafts))
+        if over or self._estimated_for != self._texts:
+            self._learn()
+
+    def _begin_cycle(self, left: list[int], longest: int) -> None:
+        texts, others = len(left), longest < self._rest_seconds.length  # a shorter text: another one
+        self._rest_seconds.length = longest
+        self._text_worth.begin_where_new(others or self._texts < texts, left, self._cycles)
+        if self._estimated_for and (others or self._estimated_for != texts):
+            self._begin_with(texts)
+        self._worth = self._text_worth.of_each(left, self._cycles)
+        self._observes = self._planned is None or (self._coasts and self._coasted.number < self.SAMPLE)
+        self._tokens, self._bins, self._alive, self._followed = [], [], [1.0] * texts, 0
+
+    def _begin_with(self, texts: int) -> None:
+        """A cycle of other texts than the last: costs and rate are others.
+
+        Where it is another number of texts, a look, which was for the last number, is over; and where drafting pays
+        for so many it drafts at once, whatever was planned.
+        """
+        self._take_in()
+        as_many, self._texts = self._texts == texts, texts
+        self._estimate()
+        if self._coasts:
+            self._coasts, self._planned = False, None
+        if not as_many:
+            self._look = 0
+            if not self._rest_seconds.has_about(texts):
+                self._planned, self._new = 0, self.NEW
+            elif self._rate * self._costs[0] > texts:
+                self._planned = None
+        self._coast()
+
+    def _learn(self) -> None:
+        """From the cycles seen, and decide about the next ones."""
+        last = self._seen[-1]
+        self._take_in()
+        if self._cycles < len(self.FIRST):
+            self._planned = min(self.FIRST[self._cycles], self._longest)
+            return
+        if last.steps or self._texts != self._estimated_for or self._cycles % self.LEARN_EVERY == 0:
+            self._estimate()
+        self._plan(last)
+        self._coast()
+
+    def _take_in(self) -> None:
+        """Count what the last cycles gave, and what they took."""
+        for cycle in self._seen:
+            texts, steps = len(cycle.accepted), cycle.steps
+            self._plain_run, self._work = (0, self._work + 1) if steps else (self._plain_run + 1, 0)
+            warm = steps or self._plain_run > self.COLD
+            if warm or self._cycles <= len(self.FIRST) or not self._rest_seconds.has_about(texts):
+                self._rest_seconds.add(texts, steps, cycle.rest, cycle.longest)
+            if steps:
+                self._draft_seconds.add(texts, 0, cycle.draft_seconds / steps)
+                self._acceptance.count(cycle)
+                if cycle.judged:
+                    self._judge(cycle)
+                if self._estimated_for == texts:
+                    self._compare(cycle)
+        coasted, self._seen, self._coasted = self._coasted, [], Cycles()
+        if coasted.number:
+            self._work += coasted.number - self.SAMPLE
+            plain, step = texts * coasted.seconds / self._costs[0], statistics.median(coasted.draft_seconds) / steps
+            self._coasting_of(texts).saw_coasted(texts, coasted.number, coasted.value, plain, step)
+
+    def _judge(self, cycle: Cycle) -> None:
+        """Note what it was worth to judge this cycle's drafts."""
+        texts, least = len(cycle.accepted), min(self.LEAST, self._longest)
+        plain, step = texts * cycle.seconds / self._costs[0], cycle.draft_seconds / cycle.steps
+        gained, cost = self._gained(cycle, least), self._costs[least]
+        self._coasting_of(texts).saw_judged(texts, gained, cycle.value, plain, step, cost)
+
+    def _gained(self, cycle: Cycle, least: int) -> float:
+        """How many tokens more a judged cycle gave than the least number of drafts would have in as much time."""
+        steps, acceptance = cycle.steps, self._acceptance
+        gained = -self._rate * (self._costs[steps] - self._costs[least])
+        for text, (stood, worth) in enumerate(zip(cycle.accepted, cycle.worth, strict=True)):
+            for position in range(least, stood):
+                chance = acceptance.after(cycle.tokens[position][text], acceptance.at[position])
+                gained += worth * (1.0 + chance - acceptance.mean)
+            if stood == steps < least:  # it made fewer, and the next one would have stood by chance
+                gained -= worth * acceptance.at[steps]
+        return gained
+
+    def _compare(self, cycle: Cycle) -> None:
+        """Note what a cycle with drafts gave beside what was expected of it."""
+        for i, new in enumerate((cycle.made, self._expected[cycle.steps])):
+            self._achieved[i] = self.ACHIEVED_FADING * self._achieved[i] + new
+
+    def _estimate(self) -> None:
+        """E(k) and C(k); the best k ≥ 1, and its tokens per second, corrected by what was achieved.
+
+        The product of the a_i says too much: later positions are seen in the cycles that go well.
+        """
+        self._acceptance.estimate()
+        draft = self._draft_seconds.at(self._texts)
+        rest = self._rest_seconds.by_drafts(self._texts, self._longest)
+        self._costs, self._demanded = [k * draft + seconds for k, seconds in enumerate(rest)], {}
+        self._estimated_for, self._best, self._rate = self._texts, 0, 0.0
+        tokens = alive = float(self._texts)
+        self._expected = [tokens]
+        for k, chance in enumerate(self._acceptance.at, start=1):
+            alive *= chance
+            tokens += alive
+            self._expected.append(tokens)
+            reached = self._acceptance.was_seen(max(k - 3, 0))  # no more than two beyond what was seen lately
+            if reached and tokens > self._rate * self._costs[k]:
+                self._best, self._rate = k, tokens / self._costs[k]
+        achieved, expected = self._achieved
+        trusted = self.TRUST * self._expected[self._best]
+        self._rate *= (achieved + trusted) / (expected + trusted)
+        self._least = max(min(self._best, self.LEAST), 1)
+        self._text_worth.shared = self._rest_seconds.shared(self._texts, self._best)
+
+    def _plan(self, last: Cycle) -> None:
+        """Decide about the next cycle."""
+        plain_seconds = self._costs[0]
+        if self._rate * plain_seconds > self._texts:
+            explores = self._cycles % self.EXPLORE_EVERY == 0
+            self._planned = min(last.steps + 2, self._longest) if explores else None
+            self._patience = self.SHORTEST_REST
+            lost = self.LOOK * (plain_seconds - self._texts / self._rate) / self._costs[self._best]
+            if self._work >= max(lost / self.LOOKS_LOSS, self.SHORTEST_WORK):
+                self._look = self.LOOK
+        else:
+            self._rest_or_try(last, plain_seconds)
+        if not self._rest_seconds.has_about(self._texts):
+            self._look = 1
+        elif not self._look and self._rate * plain_seconds < self.NEAR * self._texts:
+            known = self._rest_seconds.has_about(self._texts, self.LOOK - self.COLD)
+            # Only the first look waits for nothing: where texts leave one by one, so many are soon so many no more.
+            if not known and (self._work >= self.SHORTEST_WORK or not self._looked):
+                self._look, self._looked = self.LOOK, True
+        if self._look:
+            self._look, self._planned = self._look - 1, 0
+
+    def _rest_or_try(self, last: Cycle, plain_seconds: float) -> None:
+        """Drafts do not pay: is the next cycle a trial of them?"""
+        if last.steps:
+            lost = last.seconds - last.made / self._texts * plain_seconds
+            self._rest = max(min(int(lost / (self.LOSS * plain_seconds)), self._patience), self.SHORTEST_REST)
+            self._patience = min(2 * self._patience, self.LONGEST_REST)
+            if lost < 0:  # an easier text may have begun
+                self._rest, self._patience = 0, self.SHORTEST_REST
+        else:
+            self._rest -= 1
+        self._planned = 0 if self._rest > 0 else min(2 * last.steps, self._longest) or self._best
+
+    def _coast(self) -> None:
+        """Where the next cycle is to draft while it pays, and to judge that is not worth its time: do not."""
+        self._coasts = self._planned is None and self._least > 1 and self._coasting_of(self._texts).coasts
+        if self._coasts:
+            self._planned, self._block_left = self._least, self._coasting_of(self._texts).left
+
+    def _coasting_of(self, texts: int) -> Coasting:
+        """Numbers of texts that differ little share what they know."""
+        key = round(math.log2(texts))
+        if key not in self._coasting:
+            self._coasting[key] = Coasting(texts)
+        return self._coasting[key]
+
+    def _pays(self, drafted: int, left: list[int]) -> bool:
+        """Are more drafts worth their time?"""
+        acceptance = self._acceptance
+        for position in range(self._followed, drafted):
+            chances = acceptance.of_drafts(position, self._tokens[position], self._bins[position])
+            self._alive = [s * chance for s, chance in zip(self._alive, chances, strict=True)]
+        self._followed = drafted
+        chance, hoped = acceptance.at[drafted], 0.0
+        for n, worth, alive, token in zip(left, self._worth, self._alive, self._tokens[drafted], strict=True):
+            if n:
+                stands = acceptance.after(token, chance)
+                hoped += worth * alive * stands * (1.0 + stands - acceptance.mean)
+        if drafted not in self._demanded:
+            self._demanded[drafted] = self._demand(drafted)
+        return hoped > self._demanded[drafted]
+
+    def _demand(self, drafted: int) -> float:
+        """The least over m of what is to be hoped for of one draft: each one after the next adds its chance."""
+        least, alive, gain = math.inf, 1.0, 0.0
+        for k in range(drafted + 1, self._longest + 1):
+            gain += alive
+            least = min(least, self._rate * (self._costs[k] - self._costs[drafted]) / gain)
+            alive *= self._acceptance.at[k] if k < self._longest else 0.0
+        return least

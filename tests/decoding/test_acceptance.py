@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pretrain.decoding.acceptance import Acceptance
+from pretrain.decoding.cycle import Cycle
+
+
+def cycle(stood: int, drafted: int, tokens=None, bins=None, coasted=False) -> Cycle:
+    tokens = tokens or [[position] for position in range(drafted)]
+    bins = [[9]] * drafted if bins is None else bins
+    return Cycle([stood], [drafted], drafted, 0.1, 1.0, 10, not coasted, coasted, [1.0], tokens, bins)
+
+
+def learned(chance_at, cycles=600, drafted=6, bins=None, seed=0, tokens=lambda words: words.randrange(4096)):
+    """What is learned from cycles whose drafts at a position stand with chance_at(position, bin)."""
+    acceptance, chance, words = Acceptance(8), random.Random(seed), random.Random(seed + 1)
+    for _ in range(cycles):
+        drawn = [[bins(chance) if bins else 9] for _ in range(drafted)]
+        stood = next((i for i in range(drafted) if chance.random() >= chance_at(i, drawn[i][0])), drafted)
+        acceptance.count(cycle(stood, drafted, [[tokens(words)] for _ in range(drafted)], drawn))
+    acceptance.estimate()
+    return acceptance
+
+
+def test_before_anything_was_seen_drafts_are_hoped_to_stand():
+    acceptance = Acceptance(4)
+    acceptance.estimate()
+    assert acceptance.at == pytest.approx([Acceptance.HOPE] * 4)
+    assert acceptance.of_drafts(0, [5], [9]) == [Acceptance.HOPE]
+    assert not acceptance.was_seen(0)
+
+
+def test_by_position():
+    acceptance = learned(lambda position, _: (0.9, 0.5, 0.8, 0.8, 0.8, 0.8)[position])
+    assert acceptance.at[:3] == pytest.approx([0.9, 0.5, 0.8], abs=0.1)
+    assert acceptance.was_seen(5) and not acceptance.was_seen(6)
+
+
+def test_by_confidence_and_depth():
+    """Sure drafts stand, unsure ones do not; from the third on confidence is worth less."""
+    acceptance = learned(
+        lambda position, b: (0.98 if b == 9 else 0.5) if position < 2 else 0.7, 2000, bins=lambda c: c.choice([4, 9])
+    )
+    sure, unsure = (acceptance.of_drafts(0, [5000], [b])[0] for b in (9, 4))
+    assert sure > 0.9 and unsure < 0.62
+    deep_sure, deep_unsure = (acceptance.of_drafts(2, [5000], [b])[0] for b in (9, 4))
+    assert deep_sure == pytest.approx(0.7, abs=0.12) and deep_unsure == pytest.approx(0.7, abs=0.12)
+
+
+def test_by_the_token_before():
+    """After token 1 none stands, after token 2 all do."""
+    acceptance, chance = Acceptance(2), random.Random(0)
+    for _ in range(200):
+        token = chance.choice([1, 2])
+        acceptance.count(cycle(token - 1, 1, [[token]]))
+    acceptance.estimate()
+    after = [acceptance.after(token, 0.5) for token in (1, 2, 3)]
+    assert after[0] < 0.25 and after[1] > 0.75 and after[2] == 0.5
+    assert acceptance.after(2, 0.3) == pytest.approx(0.6)  # twice as likely at the most
+
+
+def test_coasting_forgets_nothing_of_what_it_does_not_try():
+    acceptance = learned(lambda position, _: 0.8)
+    deep = acceptance.at[4]
+    for _ in range(400):
+        acceptance.count(cycle(2, 2, bins=[], coasted=True))
+    acceptance.estimate()
+    assert acceptance.at[4] == pytest.approx(deep, abs=0.005) and acceptance.was_seen(5)
+    assert acceptance.at[0] > 0.95

@@ -229,6 +229,26 @@ def test_drafts_for_the_text_that_lags_and_not_for_one_at_its_end():
     assert first > both + 1 and both > second + 1
 
 
+def test_leaves_a_token_that_is_hard_to_foresee_to_the_next_cycle():
+    """Every third token is foreseen in 7 of 10 times, the others always; two drafts are best, and begin with it.
+
+    A third draft seems to pay in each cycle (8 texts · 0.7 tokens > 24 tokens a second · 0.2 s). But where it stands,
+    the next cycle begins with a token that would have been foreseen, and the hard one is soon among the drafts.
+    """
+    rule, chance, places, judged = AdaptiveLength(), random.Random(0), [0] * 8, []
+    for cycle in range(800):
+        drafted = 0
+        while rule.wants_another(drafted, [(place + drafted) % 3 for place in places], [1000] * 8, 1):
+            rule.saw_draft(CONFIDENT.expand(8, -1), NO_CHANCES)
+            drafted += 1
+        stands = [[(place + i) % 3 > 0 or chance.random() < 0.7 for i in range(1, 17)] for place in places]
+        accepted = [next((i for i in range(drafted) if not row[i]), drafted) for row in stands]
+        places = [place + 1 + stood for place, stood in zip(places, accepted, strict=True)]
+        judged += [drafted] if cycle > 200 and not rule._coasts and drafted else []
+        rule.saw_cycle(accepted, [drafted] * 8, [0.01] * drafted, 0.6 + 0.19 * drafted)
+    assert len(judged) > 40 and judged.count(2) > 0.9 * len(judged)
+
+
 def test_keeps_texts_in_step_where_every_third_token_cannot_be_foreseen():
     """After two drafts a cycle's first token, the target's own, is that third one; after one draft it is wasted.
 
@@ -350,8 +370,29 @@ def test_plain_seconds_of_a_number_of_texts_that_was_not_measured():
     assert seconds.has_about(8, times=2) and not seconds.has_about(2, times=2)
 
 
-@pytest.mark.parametrize("growth", [0.0, 1 / 200, 1 / 40, 0.5])
-def test_seconds_follow_the_length_of_texts(growth):
+@pytest.mark.parametrize("texts", [2, 8])
+def test_share_of_the_time_that_fewer_texts_would_take_too(texts):
+    seconds = Seconds()
+
+    def true(texts: int, drafts: int) -> float:
+        return 2.0 + 0.25 * texts + 0.1 * drafts
+
+    seconds.add(texts, 0, true(texts, 0))
+    assert seconds.shared(texts, 2) == 0.5  # not known
+    for drafts in (1, 2, 3) * Seconds.KEPT:
+        seconds.add(texts, drafts, true(texts, drafts))
+    assert seconds.shared(texts, 2) == 0.5  # of fewer texts it is not
+    seconds.add(1, 0, true(1, 0))
+    for drafts in (1, 2, 3) * Seconds.KEPT:
+        seconds.add(1, drafts, true(1, drafts))
+    assert seconds.shared(texts, 2) == pytest.approx(1.0 - 0.25 * texts / true(texts, 2), abs=0.02)
+    assert seconds.shared(1, 2) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("growth", "error"), [(0.0, 0.15), (1 / 1000, 0.06), (1 / 200, 0.15), (1 / 40, 0.15), (0.5, 0.15)]
+)
+def test_seconds_follow_the_length_of_texts(growth, error):
     """Texts of 20 to 180 tokens, one after the other; the next one begins at 20 again. A tenth of it is noise."""
     chance, seconds = random.Random(0), Seconds()
 
@@ -366,7 +407,7 @@ def test_seconds_follow_the_length_of_texts(growth):
     for length in (20, 100, 180):
         seconds.length = length
         found = seconds.by_drafts(4, 5)
-        assert found == pytest.approx([true(drafts) for drafts in range(6)], rel=0.15)
+        assert found == pytest.approx([true(drafts) for drafts in range(6)], rel=error)
         assert seconds.at(4) == found[0]
 
 

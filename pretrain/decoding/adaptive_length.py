@@ -90,6 +90,7 @@ class AdaptiveLength:
         self._bins: list[list[int]] = []
         self._alive: list[float] = []  # text → s, with as many drafts `_followed`
         self._followed = 0
+        self._foregone = 0.0  # see `_gain`, of the last cycle that coasted and was observed
 
     def wants_another(self, drafted: int, tokens: list[int], left: list[int], longest: int) -> bool:
         """See `DraftLength`."""
@@ -98,6 +99,8 @@ class AdaptiveLength:
         if self._observes:
             self._tokens.append(tokens)
         if self._planned is not None:
+            if self._coasts and self._observes and len(tokens) == 1 and drafted == self._planned < self._longest:
+                self._foregone = self._gain(drafted, left)
             return drafted < self._planned
         return drafted < self._least or (drafted < self._longest and self._pays(drafted, left))
 
@@ -189,7 +192,11 @@ class AdaptiveLength:
         if coasted.number:
             self._work += coasted.number - self.SAMPLE
             plain, step = texts * coasted.seconds / self._costs[0], statistics.median(coasted.draft_seconds) / steps
-            self._coasting_of(texts).saw_coasted(texts, coasted.number, coasted.value, plain, step)
+            coasting = self._coasting_of(texts)
+            # Of a batch only judged cycles are trusted: what it would gain it loses as its texts fall out of step.
+            if texts == 1:
+                coasting.expects(coasted.number * self._foregone, coasted.value)
+            coasting.saw_coasted(texts, coasted.number, coasted.value, plain, step)
 
     def _judge(self, cycle: Cycle) -> None:
         """Note what it was worth to judge this cycle's drafts."""
@@ -289,6 +296,21 @@ class AdaptiveLength:
 
     def _pays(self, drafted: int, left: list[int]) -> bool:
         """Are more drafts worth their time?"""
+        if drafted not in self._demanded:
+            self._demanded[drafted] = self._demand(drafted)
+        return self._hoped(drafted, left) > self._demanded[drafted]
+
+    def _gain(self, drafted: int, left: list[int]) -> float:
+        """Tokens that more drafts are expected to give above what is worth their time, at best; 0 where none pay."""
+        hoped, most, alive, drafts = self._hoped(drafted, left), 0.0, 1.0, 0.0
+        for k in range(drafted + 1, self._longest + 1):
+            drafts += alive
+            most = max(most, hoped * drafts - self._rate * (self._costs[k] - self._costs[drafted]))
+            alive *= self._acceptance.at[k] if k < self._longest else 0.0
+        return most
+
+    def _hoped(self, drafted: int, left: list[int]) -> float:
+        """Σ w · s · a' · (1 + a' − ā)."""
         acceptance = self._acceptance
         for position in range(self._followed, drafted):
             chances = acceptance.of_drafts(position, self._tokens[position], self._bins[position])
@@ -299,9 +321,7 @@ class AdaptiveLength:
             if n:
                 stands = acceptance.after(token, chance)
                 hoped += worth * alive * stands * (1.0 + stands - acceptance.mean)
-        if drafted not in self._demanded:
-            self._demanded[drafted] = self._demand(drafted)
-        return hoped > self._demanded[drafted]
+        return hoped
 
     def _demand(self, drafted: int) -> float:
         """The least over m of what is to be hoped for of one draft: each one after the next adds its chance."""

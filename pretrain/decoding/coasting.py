@@ -85,6 +85,11 @@ class Coasting:
         if not self.coasts:
             self._count(1, tokens, plain)
 
+    def expects(self, gained: float, tokens: float) -> None:
+        """Cycles that were not judged gave so many tokens; judging is expected to have given `gained` more."""
+        self._tokens += tokens
+        self._gained += gained
+
     def saw_coasted(self, texts: int, cycles: int, tokens: float, plain: float, step: float) -> None:
         """Cycles that were not judged, all of as many texts: see `saw_judged`."""
         self._coasted.setdefault(texts, deque(maxlen=self.KEPT // 4)).append(step)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -108,3 +109,30 @@ def test_a_trial_that_loses_much_is_made_seldom():
             for _ in range(Coasting.BLOCK):
                 coasting.saw_judged(1, 0.6, 2.0, 1.0, 0.06, 1.0)
     assert 2 <= trials <= 16
+
+
+def test_a_text_tells_while_it_coasts_what_judging_would_gain():
+    coasting = Coasting(texts=1)
+    while not coasting.coasts:
+        coasting.saw_judged(1, 0.0, 2.0, 1.0, 0.06, 1.0)
+    tokens, blocks = 2.0 * Coasting.BLOCK, 0
+    while coasting.coasts:
+        coasting.expects(0.15 * tokens, tokens)
+        coasting.saw_coasted(1, Coasting.BLOCK, tokens, 1.0 * Coasting.BLOCK, 0.05)
+        blocks += 1
+    assert 1 < blocks < 8 and coasting.worth < 0.0
+
+
+def test_what_it_expects_of_judging_follows_the_drafts_that_coast():
+    _, learned = decode((0.98, 0.3), 500, judging=0.05)
+    expected = []
+    for logits in (SURE, UNSURE):
+        rule = copy.deepcopy(learned)
+        rule._coasting[0].coasts, rule._planned = True, None
+        rule._coast()
+        for drafted in range(AdaptiveLength.LEAST):
+            assert rule.wants_another(drafted, [60 + drafted], [1000], 1)
+            rule.saw_draft(logits, GREEDY)
+        assert not rule.wants_another(AdaptiveLength.LEAST, [62], [1000], 1)
+        expected.append(rule._foregone)
+    assert expected[0] > 0.5 and expected[1] == 0.0

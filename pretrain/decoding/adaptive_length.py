@@ -99,6 +99,7 @@ class AdaptiveLength:
         if self._observes:
             self._tokens.append(tokens)
         if self._planned is not None:
+            # Of a batch only judged cycles are trusted: what it would gain it loses as its texts fall out of step.
             if self._coasts and self._observes and len(tokens) == 1 and drafted == self._planned < self._longest:
                 self._foregone = self._gain(drafted, left)
             return drafted < self._planned
@@ -193,7 +194,6 @@ class AdaptiveLength:
             self._work += coasted.number - self.SAMPLE
             plain, step = texts * coasted.seconds / self._costs[0], statistics.median(coasted.draft_seconds) / steps
             coasting = self._coasting_of(texts)
-            # Of a batch only judged cycles are trusted: what it would gain it loses as its texts fall out of step.
             if texts == 1:
                 coasting.expects(coasted.number * self._foregone, coasted.value)
             coasting.saw_coasted(texts, coasted.number, coasted.value, plain, step)

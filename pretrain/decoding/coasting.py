@@ -15,7 +15,7 @@ class Coasting:
     What coasting is worth is first reckoned: what the judged cycles gained over the least number is known from
     themselves, or expected of those that coast (`expects`), and what judging costs from the seconds of draft steps,
     judged and not. But that sees one cycle at a time, and not what a cycle leaves to the next. So what a block achieved
-    is compared with the one before it, of the other kind, and tells how far the reckoned worth is off (a Kalman filter).
+    is compared with the one before it, of the other kind, and tells how far that reckoning is off (a Kalman filter).
     """
 
     BLOCK = 12  # cycles

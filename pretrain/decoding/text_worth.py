@@ -13,7 +13,6 @@ class TextWorth:
     factor, (1 − c + c · B · σ_i) / ρ_i; σ_i is the chance that i is the last.
     """
 
-    ALONE = (1.0,)
     RATED = 4.0  # cycles of a text that the mean of all is worth
     SPREAD = 0.7  # standard deviation of the cycles that a text takes more than another, over the root of theirs
 
@@ -29,7 +28,7 @@ class TextWorth:
     def of_each(self, left: list[int], cycles: int) -> list[float]:
         """Of each text's tokens, so that a cycle's are worth their number in all. `left`: tokens to come."""
         if len(left) == 1:
-            return list(self.ALONE)
+            return [1.0]
         cycles -= self._began
         made = [self._room - n for n in left]
         expected = self.RATED * (sum(made) / (len(left) * max(cycles, 1)) or 1.0)

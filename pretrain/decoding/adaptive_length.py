@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.decoding.acceptance import Acceptance
 from pretrain.decoding.coasting import Coasting
-from pretrain.decoding.cycle import Cycle, Cycles, value_of
+from pretrain.decoding.cycle import Cycle, Cycles
 from pretrain.decoding.seconds import Seconds
 from pretrain.decoding.text_worth import TextWorth
 
@@ -56,7 +56,8 @@ class AdaptiveLength:
     EXPLORE_EVERY = 96  # cycles, one drafts two tokens more than the last
     LEARN_EVERY = 4  # cycles: a small model's take less than a millisecond
     NEW = 8  # cycles of so many texts as never before, each of which is learned from at once
-    SAMPLE = 1  # cycle of a block that coasts, from which is learned as from others
+    SAMPLE_EVERY = 8  # cycles of those that coast: one is observed, to learn from it as from others
+    TAIL = 48  # cycles, after a text left, that so many texts coast where more did: mostly too few to learn anything
     LEAST = 2  # drafts of a cycle that drafts, where no fewer are the best of all fixed numbers
     ACHIEVED_FADING, TRUST = 0.97, 30.0  # of r as achieved; how many cycles the expected r is worth
 
@@ -66,7 +67,8 @@ class AdaptiveLength:
         self._rest_seconds = Seconds()  # of a cycle
         self._acceptance = Acceptance(longest)
         self._text_worth = TextWorth()
-        self._coasting: dict[int, Coasting] = {}  # by number of texts
+        self._coasting: dict[int, Coasting] = {}  # by number of texts: see `_size`
+        self._batch, self._shrank = 1, -self.TAIL  # texts it began with, and the cycle when the last of them left
         self._cycles, self._texts = 0, 1
         self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
         self._plain_run = self._work = 0  # cycles without drafts in a row, and with
@@ -77,6 +79,7 @@ class AdaptiveLength:
         # Not learned from yet.
         self._seen: list[Cycle] = []
         self._coasts, self._coasted, self._block_left = False, Cycles(), 0
+        self._foregone: list[float] = []  # see `_gain`, of the cycles that coasted and were observed
         # What is expected of a cycle: see `_estimate`.
         self._estimated_for, self._best, self._least, self._rate = 0, 0, 1, 0.0
         self._achieved = [0.0, 0.0]  # tokens of the last cycles with drafts, and those that were expected of them
@@ -90,18 +93,18 @@ class AdaptiveLength:
         self._bins: list[list[int]] = []
         self._alive: list[float] = []  # text → s, with as many drafts `_followed`
         self._followed = 0
-        self._foregone = 0.0  # see `_gain`, of the last cycle that coasted and was observed
 
     def wants_another(self, drafted: int, tokens: list[int], left: list[int], longest: int) -> bool:
         """See `DraftLength`."""
         if drafted == 0:
             self._begin_cycle(left, longest)
-        if self._observes:
-            self._tokens.append(tokens)
+        if self._planned is not None and not self._observes:
+            return drafted < self._planned
+        self._tokens.append(tokens)
         if self._planned is not None:
             # Of a batch only judged cycles are trusted: what it would gain it loses as its texts fall out of step.
-            if self._coasts and self._observes and len(tokens) == 1 and drafted == self._planned < self._longest:
-                self._foregone = self._gain(drafted, left)
+            if len(tokens) == 1 and drafted == self._planned < self._longest:
+                self._foregone.append(self._gain(drafted, left))
             return drafted < self._planned
         return drafted < self._least or (drafted < self._longest and self._pays(drafted, left))
 
@@ -118,19 +121,20 @@ class AdaptiveLength:
         What a cycle has to teach is learned every few cycles: most cycles are too short to be spent on it.
         """
         self._cycles += 1
-        self._texts, steps, seconds = len(accepted), len(draft_seconds), sum(draft_seconds)
         if self._coasts:
-            self._coasted.add(value_of(accepted, self._worth), seconds, rest)
+            self._coasted.add(accepted, draft_seconds, rest)
             over = self._coasted.number >= self._block_left
         else:
             over = self._planned is not None or self._new > 0 or self._cycles % self.LEARN_EVERY == 0
             self._new -= 1
-        if self._coasted.number <= self.SAMPLE:
+        if not self._coasts or self._observes:
+            self._texts, steps, seconds = len(accepted), len(draft_seconds), sum(draft_seconds)
             judged = self._planned is None and self._estimated_for == self._texts
             drafts = (self._worth, self._tokens, self._bins)
             length = self._rest_seconds.length
             self._seen.append(Cycle(accepted, drafted, steps, seconds, rest, length, judged, self._coasts, *drafts))
-        if over or self._estimated_for != self._texts:
+            over = over or self._estimated_for != self._texts
+        if over:
             self._learn()
 
     def _begin_cycle(self, left: list[int], longest: int) -> None:
@@ -138,19 +142,26 @@ class AdaptiveLength:
         self._rest_seconds.length = longest
         self._text_worth.begin_where_new(others or self._texts < texts, left, self._cycles)
         if self._estimated_for and (others or self._estimated_for != texts):
-            self._begin_with(texts)
+            self._begin_with(texts, others)
+        self._observes = self._planned is None or (self._coasts and self._coasted.number % self.SAMPLE_EVERY == 0)
+        if self._coasts and not self._observes:
+            return  # most cycles are such, and what they do takes no time
         self._worth = self._text_worth.of_each(left, self._cycles)
-        self._observes = self._planned is None or (self._coasts and self._coasted.number < self.SAMPLE)
         self._tokens, self._bins, self._alive, self._followed = [], [], [1.0] * texts, 0
 
-    def _begin_with(self, texts: int) -> None:
-        """A cycle of other texts than the last: costs and rate are others.
+    def _begin_with(self, texts: int, others: bool) -> None:
+        """A cycle of other texts than the last, or of those of them that are left: costs and rate are others.
 
         Where it is another number of texts, a look, which was for the last number, is over; and where drafting pays
         for so many it drafts at once, whatever was planned.
         """
         self._take_in()
-        as_many, self._texts = self._texts == texts, texts
+        as_many = self._texts == texts
+        if others or texts > self._texts:
+            self._batch, self._shrank = texts, -self.TAIL
+        else:
+            self._shrank = self._cycles
+        self._texts = texts
         self._estimate()
         if self._coasts:
             self._coasts, self._planned = False, None
@@ -189,14 +200,15 @@ class AdaptiveLength:
                     self._judge(cycle)
                 if self._estimated_for == texts:
                     self._compare(cycle)
-        coasted, self._seen, self._coasted = self._coasted, [], Cycles()
+        coasted = self._coasted
         if coasted.number:
-            self._work += coasted.number - self.SAMPLE
-            plain, step = texts * coasted.seconds / self._costs[0], statistics.median(coasted.draft_seconds) / steps
+            self._work += coasted.number - len(self._seen)
+            value, plain = coasted.value(self._worth), texts * coasted.seconds / self._costs[0]
             coasting = self._coasting_of(texts)
-            if texts == 1:
-                coasting.expects(coasted.number * self._foregone, coasted.value)
-            coasting.saw_coasted(texts, coasted.number, coasted.value, plain, step)
+            if self._foregone:
+                coasting.expects(coasted.number * statistics.fmean(self._foregone), value)
+            coasting.saw_coasted(texts, coasted.number, value, plain, coasted.step)
+        self._seen, self._coasted, self._foregone = [], Cycles(), []
 
     def _judge(self, cycle: Cycle) -> None:
         """Note what it was worth to judge this cycle's drafts."""
@@ -283,16 +295,23 @@ class AdaptiveLength:
 
     def _coast(self) -> None:
         """Where the next cycle is to draft while it pays, and to judge that is not worth its time: do not."""
-        self._coasts = self._planned is None and self._least > 1 and self._coasting_of(self._texts).coasts
+        own = decides = self._coasting_of(self._texts)
+        if not own.knows and self._cycles < self._shrank + self.TAIL:
+            larger = (n for n in sorted(self._coasting) if self._size(self._texts) < n <= self._size(self._batch))
+            decides = next((self._coasting[n] for n in larger if self._coasting[n].knows), own)
+        self._coasts = self._planned is None and self._least > 1 and decides.coasts
         if self._coasts:
-            self._planned, self._block_left = self._least, self._coasting_of(self._texts).left
+            self._planned, self._block_left = self._least, own.left
 
     def _coasting_of(self, texts: int) -> Coasting:
-        """Numbers of texts that differ little share what they know."""
-        key = round(math.log2(texts))
-        if key not in self._coasting:
-            self._coasting[key] = Coasting(texts)
-        return self._coasting[key]
+        size = self._size(texts)
+        if size not in self._coasting:
+            self._coasting[size] = Coasting(texts)
+        return self._coasting[size]
+
+    def _size(self, texts: int) -> int:
+        """Numbers of texts that differ little share what they know about coasting."""
+        return round(math.log2(texts))
 
     def _pays(self, drafted: int, left: list[int]) -> bool:
         """Are more drafts worth their time?"""

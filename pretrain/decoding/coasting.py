@@ -18,11 +18,11 @@ class Coasting:
     is compared with the one before it, of the other kind, and tells how far that reckoning is off (a Kalman filter).
     """
 
-    BLOCK = 12  # cycles
-    LOSS = 0.003
-    LONGEST, LONGEST_COASTING = 48.0, 16.0  # blocks between two trials
+    BLOCK, LONG_BLOCK = 12, 24  # cycles; the long ones coast where that is thought to be better
+    LOSS = 0.002
+    LONGEST, LONGEST_COASTING = 576.0, 192.0  # cycles between two trials
     KNOWN, KNOWN_BLOCKS = 250.0, 6  # tokens of judged cycles, and blocks of them, before it ever coasts
-    FADING = 0.97  # of what was seen, with each block
+    FADING = 0.97  # of what was seen, with each block of BLOCK
     COST, MOST = 0.03, 0.1  # share of the time that judging takes, as long as it was hardly measured; and the most
     STEPS = 4.0  # draft steps, of which what judging adds is what it adds to a cycle: half of it is in two steps
     KEPT = 31  # last seconds of draft steps, for so many texts
@@ -43,16 +43,22 @@ class Coasting:
         self._squares, self._alike = self.BLOCKS * 2.0 * self.VARIANCE / (self.BLOCK * texts), self.BLOCKS
         self._last: tuple[bool, float] | None = None  # did the last block coast, and the logarithm of what it achieved
         self._slow = 0  # see SLOW
-        self._rest: float | None = None  # blocks until the other kind is tried
+        self._rest: float | None = None  # cycles until the other kind is tried
         self._turned = False  # to the other kind before this block
         # Of this block.
+        self._block = self.BLOCK  # cycles it is to have
         self._cycles = 0
         self._made = self._plain = 0.0  # tokens, and those that plain decoding would have given
 
     @property
+    def knows(self) -> bool:
+        """Was enough seen to decide?"""
+        return self._known >= self.KNOWN and self._blocks >= self.KNOWN_BLOCKS
+
+    @property
     def left(self) -> int:
         """Cycles until the block is over."""
-        return self.BLOCK - self._cycles
+        return self._block - self._cycles
 
     @property
     def cost(self) -> float:
@@ -100,7 +106,7 @@ class Coasting:
         self._made += tokens
         self._plain += plain
         self._cycles += cycles
-        if self._cycles >= self.BLOCK:
+        if self.left <= 0:
             achieved = math.log(self._made / self._plain)
             self._cycles, self._made, self._plain = 0, 0.0, 0.0
             self._end_block(achieved)
@@ -109,9 +115,10 @@ class Coasting:
         """Is the next block to coast? `achieved`: logarithm of what it was faster than plain decoding."""
         if not self.coasts:
             self._blocks += 1
-        self._tokens *= self.FADING
-        self._gained *= self.FADING
-        if self._known < self.KNOWN or self._blocks < self.KNOWN_BLOCKS:
+        fading = self.FADING ** (self._block / self.BLOCK)
+        self._tokens *= fading
+        self._gained *= fading
+        if not self.knows:
             return
         self._slow = self._slow + 1 if self.coasts and achieved < 0.0 else 0
         if self._slow == self.SLOW:
@@ -121,6 +128,7 @@ class Coasting:
         else:
             self._compare(achieved)
             self._decide()
+        self._block = self.LONG_BLOCK if self.coasts and self.worth > 0.0 and not self._slow else self.BLOCK
 
     def _compare(self, achieved: float) -> None:
         """This block with the last one. If that was of the same kind it tells how blocks vary."""
@@ -138,7 +146,7 @@ class Coasting:
         self._doubt *= 1.0 - share
 
     def _decide(self) -> None:
-        self._rest = self._until_trial() if self._rest is None else self._rest - 1.0
+        self._rest = self._until_trial() if self._rest is None else self._rest - self._block
         self._doubt = min(self._doubt / self.FADING, self.SPREAD**2)  # what was found out fades too
         if self.coasts != (self.worth > 0.0):
             self._turn()
@@ -148,7 +156,7 @@ class Coasting:
 
     def _until_trial(self) -> float:
         longest = self.LONGEST_COASTING if self.coasts else self.LONGEST
-        return min(2.0 * abs(self.worth) / self.LOSS, longest)
+        return min(2 * self.BLOCK * abs(self.worth) / self.LOSS, longest)
 
     def _turn(self) -> None:
         self.coasts, self._turned = not self.coasts, True

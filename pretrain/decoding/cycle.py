@@ -35,7 +35,7 @@ class Cycle:
     @property
     def value(self) -> float:
         """The same, by what they are worth."""
-        return value_of(self.accepted, self.worth)
+        return sum(each * (1 + stood) for each, stood in zip(self.worth, self.accepted, strict=True))
 
     @property
     def seconds(self) -> float:
@@ -45,23 +45,35 @@ class Cycle:
 
 @dataclass(slots=True)
 class Cycles:
-    """Cycles that were not judged, taken together: there is not the time to learn from each."""
+    """Cycles that were not judged, taken together: there is not the time to learn from each. Lists are by cycle."""
 
-    number: int = 0
-    value: float = 0.0
-    """Of their tokens."""
-    seconds: float = 0.0
-    draft_seconds: list[float] = field(default_factory=list)
-    """By cycle."""
+    accepted: list[list[int]] = field(default_factory=list)
+    draft_seconds: list[list[float]] = field(default_factory=list)
+    """Of each step."""
+    rest: list[float] = field(default_factory=list)
 
-    def add(self, value: float, draft_seconds: float, rest: float) -> None:
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return len(self.rest)
+
+    @property
+    def seconds(self) -> float:
+        """All of their time."""
+        return sum(map(sum, self.draft_seconds)) + sum(self.rest)
+
+    @property
+    def step(self) -> float:
+        """Median seconds of a draft step."""
+        return sorted(map(sum, self.draft_seconds))[self.number // 2] / len(self.draft_seconds[0])
+
+    def add(self, accepted: list[int], draft_seconds: list[float], rest: float) -> None:
         """One more."""
-        self.number += 1
-        self.value += value
-        self.seconds += draft_seconds + rest
+        self.accepted.append(accepted)
         self.draft_seconds.append(draft_seconds)
+        self.rest.append(rest)
 
-
-def value_of(accepted: list[int], worth: list[float]) -> float:
-    """Of the tokens of a cycle, where `worth` tells that of each text's."""
-    return sum(each * (1 + stood) for each, stood in zip(worth, accepted, strict=True))
+    def value(self, worth: list[float]) -> float:
+        """Of their tokens, where `worth` tells that of each text's."""
+        by_text = zip(*self.accepted, strict=True)
+        return sum(each * (self.number + sum(stood)) for each, stood in zip(worth, by_text, strict=True))

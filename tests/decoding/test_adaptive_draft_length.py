@@ -15,18 +15,28 @@ CONFIDENT = torch.tensor([[3.0, 0.0, 0.0]])
 NO_CHANCES = torch.zeros(1, dtype=torch.long)  # greedy: a token is what can come
 
 
-def run(acceptance, cycles, draft_seconds=0.1, verify=lambda k: 1.0, rule=None, texts=1, seed=0, vocabulary=50):
+def run(
+    acceptance,
+    cycles,
+    draft_seconds=0.1,
+    verify=lambda k: 1.0,
+    rule=None,
+    texts=1,
+    seed=0,
+    vocabulary=50,
+    longest=1,
+):
     """Drive the rule with simulated costs; the drafts per cycle, and the rule.
 
     acceptance: position → chance. verify: number of drafts → seconds of the rest of a cycle. The tokens of the
-    vocabulary are equally frequent, and tell nothing.
+    vocabulary are equally frequent, and tell nothing. longest: tokens of the longest text, the same in all cycles.
     """
     rule = rule or AdaptiveLength()
     chance, words = random.Random(2 * seed), random.Random(2 * seed + 1)
     lengths = []
     for _ in range(cycles):
         drafted = 0
-        while rule.wants_another(drafted, [words.randrange(vocabulary) for _ in range(texts)], [1000] * texts, 1):
+        while rule.wants_another(drafted, [words.randrange(vocabulary) for _ in range(texts)], [1000] * texts, longest):
             rule.saw_draft(CONFIDENT.expand(texts, -1), NO_CHANCES)
             drafted += 1
         accepted = [
@@ -205,7 +215,7 @@ def test_a_batch_of_more_texts_does_not_begin_with_the_costs_of_the_last_one():
 
     first = []
     for seed in range(5):
-        lengths, rule = run(lambda _: 0.8, 200, 0.8, eight, texts=8, seed=seed)
+        lengths, rule = run(lambda _: 0.8, 200, 0.8, eight, texts=8, seed=seed, longest=2)
         alone, _ = run(lambda _: 0.8, 60, 0.02, lambda drafts: 1.0 + 0.1 * drafts, rule=rule, seed=seed)
         begins, _ = run(lambda _: 0.8, 1, 0.8, eight, rule=rule, texts=8, seed=seed)
         assert 1 < mean_late(lengths) < 4 and mean_late(alone) > 4.5

@@ -69,7 +69,7 @@ class AdaptiveLength:
         self._text_worth = TextWorth()
         self._coasting: dict[int, Coasting] = {}  # by number of texts: see `_size`
         self._batch, self._shrank = 1, -self.TAIL  # texts it began with, and the cycle when the last of them left
-        self._cycles, self._texts = 0, 1
+        self._cycles, self._texts, self._left = 0, 1, 0  # the most tokens that one of the texts has to come
         self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
         self._plain_run = self._work = 0  # cycles without drafts in a row, and with
         self._look, self._looked = 0, False  # plain cycles to come, whatever pays; and whether there ever were any
@@ -138,30 +138,36 @@ class AdaptiveLength:
             self._learn()
 
     def _begin_cycle(self, left: list[int], longest: int) -> None:
-        texts, others = len(left), longest < self._rest_seconds.length  # a shorter text: another one
-        self._rest_seconds.length = longest
-        self._text_worth.begin_where_new(others or self._texts < texts, left, self._cycles)
+        texts = len(left)
+        others = self._are_others(left, longest)
+        self._rest_seconds.length, self._left = longest, max(left)
+        if others:
+            self._text_worth.begin(left, self._cycles)
+            self._batch, self._shrank = texts, -self.TAIL
+        elif texts < self._texts:
+            self._shrank = self._cycles
         if self._estimated_for and (others or self._estimated_for != texts):
-            self._begin_with(texts, others)
+            self._begin_with(texts)
         self._observes = self._planned is None or (self._coasts and self._coasted.number % self.SAMPLE_EVERY == 0)
         if self._coasts and not self._observes:
             return  # most cycles are such, and what they do takes no time
         self._worth = self._text_worth.of_each(left, self._cycles)
         self._tokens, self._bins, self._alive, self._followed = [], [], [1.0] * texts, 0
 
-    def _begin_with(self, texts: int, others: bool) -> None:
+    def _are_others(self, left: list[int], longest: int) -> bool:
+        """Are these other texts than the last? Texts of a batch come to have less left, and leave, and grow longer."""
+        if max(left) > self._left or len(left) > self._texts:
+            return True
+        return longest < self._rest_seconds.length and len(left) == self._texts
+
+    def _begin_with(self, texts: int) -> None:
         """A cycle of other texts than the last, or of those of them that are left: costs and rate are others.
 
         Where it is another number of texts, a look, which was for the last number, is over; and where drafting pays
         for so many it drafts at once, whatever was planned.
         """
         self._take_in()
-        as_many = self._texts == texts
-        if others or texts > self._texts:
-            self._batch, self._shrank = texts, -self.TAIL
-        else:
-            self._shrank = self._cycles
-        self._texts = texts
+        as_many, self._texts = self._texts == texts, texts
         self._estimate()
         if self._coasts:
             self._coasts, self._planned = False, None

@@ -20,10 +20,9 @@ class TextWorth:
         self.shared = 0.5  # c
         self._room, self._began = 0, 0  # tokens that each text of this batch may have, and the cycle when it began
 
-    def begin_where_new(self, others: bool, left: list[int], cycles: int) -> None:
-        """After so many cycles: are these `others` than before, or have they more tokens to come?"""
-        if others or self._room < max(left):
-            self._room, self._began = max(left), cycles
+    def begin(self, left: list[int], cycles: int) -> None:
+        """Other texts, after so many cycles."""
+        self._room, self._began = max(left), cycles
 
     def of_each(self, left: list[int], cycles: int) -> list[float]:
         """Of each text's tokens, so that a cycle's are worth their number in all. `left`: tokens to come."""

@@ -24,19 +24,20 @@ def run(
     texts=1,
     seed=0,
     vocabulary=50,
-    longest=1,
+    left=1000,
 ):
     """Drive the rule with simulated costs; the drafts per cycle, and the rule.
 
     acceptance: position → chance. verify: number of drafts → seconds of the rest of a cycle. The tokens of the
-    vocabulary are equally frequent, and tell nothing. longest: tokens of the longest text, the same in all cycles.
+    vocabulary are equally frequent, and tell nothing. left: tokens that each text
+    has to come, in all cycles.
     """
     rule = rule or AdaptiveLength()
     chance, words = random.Random(2 * seed), random.Random(2 * seed + 1)
     lengths = []
     for _ in range(cycles):
         drafted = 0
-        while rule.wants_another(drafted, [words.randrange(vocabulary) for _ in range(texts)], [1000] * texts, longest):
+        while rule.wants_another(drafted, [words.randrange(vocabulary) for _ in range(texts)], [left] * texts, 1):
             rule.saw_draft(CONFIDENT.expand(texts, -1), NO_CHANCES)
             drafted += 1
         accepted = [
@@ -215,8 +216,8 @@ def test_a_batch_of_more_texts_does_not_begin_with_the_costs_of_the_last_one():
 
     first = []
     for seed in range(5):
-        lengths, rule = run(lambda _: 0.8, 200, 0.8, eight, texts=8, seed=seed, longest=2)
-        alone, _ = run(lambda _: 0.8, 60, 0.02, lambda drafts: 1.0 + 0.1 * drafts, rule=rule, seed=seed)
+        lengths, rule = run(lambda _: 0.8, 200, 0.8, eight, texts=8, seed=seed)
+        alone, _ = run(lambda _: 0.8, 60, 0.02, lambda drafts: 1.0 + 0.1 * drafts, rule=rule, seed=seed, left=1001)
         begins, _ = run(lambda _: 0.8, 1, 0.8, eight, rule=rule, texts=8, seed=seed)
         assert 1 < mean_late(lengths) < 4 and mean_late(alone) > 4.5
         first += begins
@@ -451,3 +452,22 @@ def test_what_drafts_cost_is_learned_from_other_numbers_of_texts_too():
             for drafts in (1, 5, 10):
                 expected = plain(texts) * (start + slope * drafts)
                 assert first + another * drafts == pytest.approx(expected, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("left", "longest", "others"),
+    [
+        ([50, 30, 20], 121, False),  # the same texts a cycle later
+        ([50, 30], 110, False),  # the longest left
+        ([60, 30], 90, True),  # more to come than before
+        ([50, 30, 20], 90, True),  # none left, and all are shorter
+        ([50, 30, 20, 10], 121, True),  # one more
+    ],
+)
+def test_tells_other_texts_from_those_that_are_left(left, longest, others):
+    rule = AdaptiveLength()
+    rule.wants_another(0, [1, 2, 3], [52, 32, 22], 120)
+    rule.saw_cycle([0, 0, 0], [0, 0, 0], [], 1.0)
+    rule.wants_another(0, [1] * len(left), left, longest)
+    assert (rule._text_worth._began == rule._cycles) == others
+    assert rule._batch == (len(left) if others else 3)

@@ -14,7 +14,7 @@ SURE, UNSURE = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0]])
 GREEDY = torch.zeros(1, dtype=torch.long)
 
 
-def decode(unlike, cycles, judging, rule=None, longest=1, seed=0):
+def decode(unlike, cycles, judging, rule=None, longest=1, seed=0, texts=1, left=1000):
     """Cycles whose drafts are sure or not, with chances `unlike`; a judged one takes `judging` seconds more.
 
     A verification of up to three tokens costs the same, as does one of four to six. Half of the time of judging two
@@ -26,14 +26,16 @@ def decode(unlike, cycles, judging, rule=None, longest=1, seed=0):
     seen = []
     for _ in range(cycles):
         sure, drafted = chance.random() < 0.5, 0
-        while rule.wants_another(drafted, [words.randrange(50)], [1000], longest):
-            rule.saw_draft(SURE if sure else UNSURE, GREEDY)
+        while rule.wants_another(drafted, [words.randrange(50) for _ in range(texts)], [left] * texts, longest):
+            rule.saw_draft((SURE if sure else UNSURE).expand(texts, -1), GREEDY)
             drafted += 1
         judged = not rule._coasts
         seen.append((drafted, judged))
-        stood = next((i for i in range(drafted) if chance.random() >= unlike[not sure]), drafted)
+        stood = [
+            next((i for i in range(drafted) if chance.random() >= unlike[not sure]), drafted) for _ in range(texts)
+        ]
         rest = 1.0 + 0.5 * (drafted // 3) + (judging / 2 if judged else 0.0)
-        rule.saw_cycle([stood], [drafted], [0.05 + (judging / 4 if judged else 0.0)] * drafted, rest)
+        rule.saw_cycle(stood, [drafted] * texts, [0.05 + (judging / 4 if judged else 0.0)] * drafted, rest)
     return seen, rule
 
 
@@ -63,6 +65,20 @@ def test_judges_again_when_drafts_become_unlike():
         seen, _ = decode((0.98, 0.3), 1500, judging=0.05, rule=rule, seed=seed)
         shares.append(share_judged(seen[750:]))
     assert statistics.median(shares) > 0.8
+
+
+def test_the_last_texts_of_a_batch_coast_where_it_did():
+    batch, learned = decode((0.75, 0.75), 600, judging=0.05, texts=8)
+    assert share_judged(batch[300:]) < 0.4 and learned._coasting[3].knows
+    learned._coasting[3].coasts = True
+    rule = copy.deepcopy(learned)
+    tail, _ = decode((0.75, 0.75), AdaptiveLength.TAIL + 24, judging=0.05, rule=rule, texts=2)
+    looks = sum(drafted == 0 for drafted, _ in tail)
+    assert sum(judged for _, judged in tail[: AdaptiveLength.TAIL]) <= looks + AdaptiveLength.LEARN_EVERY
+    assert share_judged(tail[-12:]) == 1.0  # so long a tail finds out for itself
+    rule = copy.deepcopy(learned)
+    others, _ = decode((0.75, 0.75), 24, judging=0.05, rule=rule, texts=2, left=1001)
+    assert share_judged(others) == 1.0
 
 
 def test_gives_up_what_pays_no_more_while_it_coasts():

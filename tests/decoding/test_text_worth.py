@@ -8,7 +8,7 @@ from pretrain.decoding.text_worth import TextWorth
 def worth(left: list[int], shared: float, room: int = 100, cycles: int = 20) -> list[float]:
     texts = TextWorth()
     texts.shared = shared
-    texts.begin_where_new(True, [room] * len(left), 0)
+    texts.begin([room] * len(left), 0)
     return texts.of_each(left, cycles)
 
 
@@ -46,10 +46,8 @@ def test_a_text_at_its_end_is_worth_nothing():
 
 def test_another_batch_begins_anew():
     texts = TextWorth()
-    texts.begin_where_new(True, [50, 50], 0)
+    texts.begin([50, 50], 0)
     slow, fast = texts.of_each([40, 10], 20)
     assert slow > 2 * fast
-    texts.begin_where_new(False, [40, 10], 20)
-    assert texts.of_each([40, 10], 20) == [slow, fast]
-    texts.begin_where_new(False, [80, 80], 20)  # more to come than before: others
+    texts.begin([80, 80], 20)
     assert texts.of_each([80, 80], 20) == pytest.approx([1.0, 1.0])

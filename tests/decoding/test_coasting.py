@@ -52,6 +52,22 @@ def test_drafts_the_least_number_unjudged_where_judging_gains_nothing():
     assert coasting._gained < 0.03 * coasting._tokens
 
 
+def test_looks_at_plain_decoding_while_it_coasts():
+    seen, _ = decode((0.75, 0.75), 2000, judging=0.05)
+    assert 0 < sum(drafted == 0 for drafted, _ in seen[300:]) < 40
+
+
+def test_what_judging_gained_once_fades():
+    coasting = Coasting(texts=1)
+    for gained in (0.6, 0.0):
+        for _ in range(60 * Coasting.BLOCK):
+            if coasting.coasts:  # a trial
+                coasting.saw_coasted(1, coasting.left, 1.8 * coasting.left, 1.0 * coasting.left, 0.05)
+            else:
+                coasting.saw_judged(1, gained, 2.0, 1.0, 0.05, 1.0)
+    assert coasting._gained < 0.1 * coasting._tokens
+
+
 def test_judges_where_that_tells_good_drafts_from_bad():
     seen, rule = decode((0.98, 0.3), 1000, judging=0.05)
     assert share_judged(seen[300:]) > 0.9

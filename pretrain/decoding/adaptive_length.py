@@ -307,7 +307,7 @@ class AdaptiveLength:
             decides = next((self._coasting[n] for n in larger if self._coasting[n].knows), own)
         self._coasts = self._planned is None and self._least > 1 and decides.coasts
         if self._coasts:
-            self._planned, self._block_left = self._least, own.left
+            self._planned, self._block_left = self._least, own.left if decides is own else Coasting.BLOCK
 
     def _coasting_of(self, texts: int) -> Coasting:
         size = self._size(texts)

@@ -57,6 +57,7 @@ class AdaptiveLength:
     LEARN_EVERY = 4  # cycles: a small model's take less than a millisecond
     NEW = 8  # cycles of so many texts as never before, each of which is learned from at once
     SAMPLE_EVERY = 8  # cycles of those that coast: one is observed, to learn from it as from others
+    NEARLY = 1.03  # times as fast: another fixed number that is better than LEAST by more, and it does not coast
     TAIL = 48  # cycles, after a text left, that so many texts coast where more did: mostly too few to learn anything
     LEAST = 2  # drafts of a cycle that drafts, where no fewer are the best of all fixed numbers
     ACHIEVED_FADING, TRUST = 0.97, 30.0  # of r as achieved; how many cycles the expected r is worth
@@ -305,9 +306,14 @@ class AdaptiveLength:
         if not own.knows and self._cycles < self._shrank + self.TAIL:
             larger = (n for n in sorted(self._coasting) if self._size(self._texts) < n <= self._size(self._batch))
             decides = next((self._coasting[n] for n in larger if self._coasting[n].knows), own)
-        self._coasts = self._planned is None and self._least > 1 and decides.coasts
+        self._coasts = self._planned is None and self._least > 1 and decides.coasts and self._least_nearly_best()
         if self._coasts:
             self._planned, self._block_left = self._least, own.left if decides is own else Coasting.BLOCK
+
+    def _least_nearly_best(self) -> bool:
+        """Is the least number of drafts expected to be nearly as fast as the best fixed one?"""
+        best, least = (self._expected[k] / self._costs[k] for k in (self._best, self._least))
+        return best < self.NEARLY * least
 
     def _coasting_of(self, texts: int) -> Coasting:
         size = self._size(texts)

@@ -9,6 +9,7 @@ import torch
 
 from pretrain.decoding import AdaptiveLength
 from pretrain.decoding.coasting import Coasting
+from pretrain.decoding.seconds import Seconds
 
 SURE, UNSURE = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0]])
 GREEDY = torch.zeros(1, dtype=torch.long)
@@ -50,6 +51,19 @@ def test_drafts_the_least_number_unjudged_where_judging_gains_nothing():
     coasting = rule._coasting[0]
     assert coasting.cost == pytest.approx(0.05 / 1.15, rel=0.3)
     assert coasting._gained < 0.03 * coasting._tokens
+
+
+@pytest.mark.parametrize(("step", "coasts"), [(0.5, True), (0.02, False)])
+def test_coasts_only_where_no_other_fixed_number_is_much_better(step, coasts):
+    _, rule = decode((0.75, 0.75), 300, judging=0.05)
+    rule._rest_seconds = Seconds()
+    for drafts in [*range(AdaptiveLength.LONGEST + 1)] * Seconds.KEPT:
+        rule._rest_seconds.add(1, drafts, 1.0 + max(drafts - AdaptiveLength.LEAST, 0) * step)
+    rule._estimate()
+    assert (rule._best == AdaptiveLength.LEAST) == coasts
+    rule._coasting_of(1).coasts, rule._planned = True, None
+    rule._coast()
+    assert rule._coasts == coasts
 
 
 def test_looks_at_plain_decoding_while_it_coasts():

@@ -127,7 +127,8 @@ class Coasting:
             self._turned = False  # the first block of its kind bears traces of the other
         else:
             self._compare(achieved)
-            self._decide()
+            if self.coasts or achieved >= 0.0:  # where drafts lose, judging them is how that is found out
+                self._decide()
         self._block = self.LONG_BLOCK if self.coasts and self.worth > 0.0 and not self._slow else self.BLOCK
 
     def _compare(self, achieved: float) -> None:

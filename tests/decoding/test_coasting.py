@@ -116,7 +116,7 @@ def test_gives_up_what_pays_no_more_while_it_coasts():
         before, rule = decode((0.75, 0.75), 500, judging=0.05, seed=seed)
         assert share_judged(before[250:]) < 0.5
         seen, _ = decode((0.0, 0.0), 400, judging=0.05, rule=rule, seed=seed)
-        assert sum(drafted for drafted, _ in seen[300:]) < 15
+        assert sum(drafted for drafted, _ in seen[250:]) < 15
 
 
 def share_coasting(gained: float, faster: float, blocks: int) -> float:

@@ -170,7 +170,7 @@ class AdaptiveLength:
         self._take_in()
         as_many, self._texts = self._texts == texts, texts
         self._estimate()
-        if self._coasts:
+        if self._planned:  # drafts, as many as the last texts were to try, or coasted with
             self._coasts, self._planned = False, None
         if not as_many:
             self._look = 0

@@ -69,8 +69,9 @@ class AdaptiveLength:
         self._acceptance = Acceptance(longest)
         self._text_worth = TextWorth()
         self._coasting: dict[int, Coasting] = {}  # by number of texts: see `_size`
-        self._batch, self._shrank = 1, -self.TAIL  # texts it began with, and the cycle when the last of them left
-        self._cycles, self._texts, self._left = 0, 1, 0  # the most tokens that one of the texts has to come
+        self._batch, self._shrank = 1, -self.TAIL  # texts the batch began with, and the cycle when one left last
+        self._cycles, self._texts = 0, 1
+        self._left = 0  # tokens that the text with the most of them has to come
         self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
         self._plain_run = self._work = 0  # cycles without drafts in a row, and with
         self._look, self._looked = 0, False  # plain cycles to come, whatever pays; and whether there ever were any

@@ -19,7 +19,7 @@ class Coasting:
     """
 
     BLOCK, LONG_BLOCK = 12, 24  # cycles; the long ones coast where that is thought to be better
-    LOSS = 0.002
+    LOSS = 0.002  # of the time, by trials of the other kind
     LONGEST, LONGEST_COASTING = 576.0, 192.0  # cycles between two trials
     KNOWN, KNOWN_BLOCKS = 250.0, 6  # tokens of judged cycles, and blocks of them, before it ever coasts
     FADING = 0.97  # of what was seen, with each block of BLOCK

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
+from time import perf_counter
 
 from torch import Tensor
 
@@ -57,13 +59,12 @@ class AdaptiveLength:
     LEARN_EVERY = 4  # cycles: a small model's take less than a millisecond
     NEW = 8  # cycles of so many texts as never before, each of which is learned from at once
     SAMPLE_EVERY = 8  # cycles of those that coast: one is observed, to learn from it as from others
-    NEARLY = 1.03  # times as fast: another fixed number that is better than LEAST by more, and it does not coast
     TAIL = 48  # cycles, after a text left, that so many texts coast where more did: mostly too few to learn anything
     LEAST = 2  # drafts of a cycle that drafts, where no fewer are the best of all fixed numbers
     ACHIEVED_FADING, TRUST = 0.97, 30.0  # of r as achieved; how many cycles the expected r is worth
 
-    def __init__(self, longest: int = LONGEST) -> None:
-        self._longest = longest
+    def __init__(self, longest: int = LONGEST, clock: Callable[[], float] = perf_counter) -> None:
+        self._longest, self._clock = longest, clock
         self._draft_seconds = Seconds()  # of a step
         self._rest_seconds = Seconds()  # of a cycle
         self._acceptance = Acceptance(longest)
@@ -81,6 +82,7 @@ class AdaptiveLength:
         # Not learned from yet.
         self._seen: list[Cycle] = []
         self._coasts, self._coasted, self._block_left = False, Cycles(), 0
+        self._own = 0.0  # seconds that it took itself
         self._foregone: list[float] = []  # see `_gain`, of the cycles that coasted and were observed
         # What is expected of a cycle: see `_estimate`.
         self._estimated_for, self._best, self._least, self._rate = 0, 0, 1, 0.0
@@ -89,7 +91,7 @@ class AdaptiveLength:
         self._costs: list[float] = []
         self._demanded: dict[int, float] = {}  # see `_demand`
         # Of this cycle, as in `Cycle`.
-        self._observes = True  # its drafts
+        self._observes = self._asks = True  # its drafts; and how confident each is
         self._worth: list[float] = []
         self._tokens: list[list[int]] = []
         self._bins: list[list[int]] = []
@@ -98,30 +100,28 @@ class AdaptiveLength:
 
     def wants_another(self, drafted: int, tokens: list[int], left: list[int], longest: int) -> bool:
         """See `DraftLength`."""
+        start = self._clock()
         if drafted == 0:
             self._begin_cycle(left, longest)
-        if self._planned is not None and not self._observes:
-            return drafted < self._planned
-        self._tokens.append(tokens)
-        if self._planned is not None:
-            # Of a batch only judged cycles are trusted: what it would gain it loses as its texts fall out of step.
-            if len(tokens) == 1 and drafted == self._planned < self._longest:
-                self._foregone.append(self._gain(drafted, left))
-            return drafted < self._planned
-        return drafted < self._least or (drafted < self._longest and self._pays(drafted, left))
+        wants = self._decide(drafted, tokens, left)
+        self._own += self._clock() - start
+        return wants
 
     def saw_draft(self, logits_BV: Tensor, q: Tensor) -> None:
         """See `DraftLength`."""
-        if self._observes:
+        if self._asks:
+            start = self._clock()
             chances_BV = q if q.is_floating_point() else logits_BV.float().softmax(-1)
             confidences = chances_BV.amax(-1).tolist()
             self._bins.append([self._acceptance.bin_of(confidence) for confidence in confidences])
+            self._own += self._clock() - start
 
     def saw_cycle(self, accepted: list[int], drafted: list[int], draft_seconds: list[float], rest: float) -> None:
         """See `DraftLength`.
 
         What a cycle has to teach is learned every few cycles: most cycles are too short to be spent on it.
         """
+        start = self._clock()
         self._cycles += 1
         if self._coasts:
             self._coasted.add(accepted, draft_seconds, rest)
@@ -138,6 +138,18 @@ class AdaptiveLength:
             over = over or self._estimated_for != self._texts
         if over:
             self._learn()
+        self._own += self._clock() - start
+
+    def _decide(self, drafted: int, tokens: list[int], left: list[int]) -> bool:
+        if self._planned is not None and not self._observes:
+            return drafted < self._planned
+        self._tokens.append(tokens)
+        if self._planned is not None:
+            # Of a batch only judged cycles are trusted: what it would gain it loses as its texts fall out of step.
+            if len(tokens) == 1 and drafted == self._planned < self._longest:
+                self._foregone.append(self._gain(drafted, left))
+            return drafted < self._planned
+        return drafted < self._least or (drafted < self._longest and self._pays(drafted, left))
 
     def _begin_cycle(self, left: list[int], longest: int) -> None:
         texts = len(left)
@@ -150,7 +162,9 @@ class AdaptiveLength:
             self._shrank = self._cycles
         if self._estimated_for and (others or self._estimated_for != texts):
             self._begin_with(texts)
-        self._observes = self._planned is None or (self._coasts and self._coasted.number % self.SAMPLE_EVERY == 0)
+        samples = (self._coasted.number if self._coasts else self._cycles) % (self.SAMPLE_EVERY * texts) == 0
+        self._observes = self._planned is None or (self._coasts and samples)
+        self._asks = self._observes and (samples or self._acceptance.foretells)
         if self._coasts and not self._observes:
             return  # most cycles are such, and what they do takes no time
         self._worth = self._text_worth.of_each(left, self._cycles)
@@ -209,21 +223,24 @@ class AdaptiveLength:
                 if self._estimated_for == texts:
                     self._compare(cycle)
         coasted = self._coasted
+        if coasted.number or (self._seen and all(cycle.judged for cycle in self._seen)):
+            seconds = coasted.seconds or sum(cycle.seconds for cycle in self._seen)
+            self._coasting_of(self._texts).took(coasted.number > 0, self._own / seconds)
+        self._own = 0.0
         if coasted.number:
             self._work += coasted.number - len(self._seen)
             value, plain = coasted.value(self._worth), texts * coasted.seconds / self._costs[0]
             coasting = self._coasting_of(texts)
             if self._foregone:
                 coasting.expects(coasted.number * statistics.fmean(self._foregone), value)
-            coasting.saw_coasted(texts, coasted.number, value, plain, coasted.step)
+            coasting.saw_coasted(coasted.number, value, plain)
         self._seen, self._coasted, self._foregone = [], Cycles(), []
 
     def _judge(self, cycle: Cycle) -> None:
         """Note what it was worth to judge this cycle's drafts."""
         texts, least = len(cycle.accepted), min(self.LEAST, self._longest)
-        plain, step = texts * cycle.seconds / self._costs[0], cycle.draft_seconds / cycle.steps
-        gained, cost = self._gained(cycle, least), self._costs[least]
-        self._coasting_of(texts).saw_judged(texts, gained, cycle.value, plain, step, cost)
+        plain = texts * cycle.seconds / self._costs[0]
+        self._coasting_of(texts).saw_judged(self._gained(cycle, least), cycle.value, plain)
 
     def _gained(self, cycle: Cycle, least: int) -> float:
         """How many tokens more a judged cycle gave than the least number of drafts would have in as much time."""
@@ -239,7 +256,7 @@ class AdaptiveLength:
 
     def _compare(self, cycle: Cycle) -> None:
         """Note what a cycle with drafts gave beside what was expected of it."""
-        for i, new in enumerate((cycle.made, self._expected[cycle.steps])):
+        for i, new in enumerate((cycle.value, self._expected[cycle.steps])):
             self._achieved[i] = self.ACHIEVED_FADING * self._achieved[i] + new
 
     def _estimate(self) -> None:
@@ -307,14 +324,11 @@ class AdaptiveLength:
         if not own.knows and self._cycles < self._shrank + self.TAIL:
             larger = (n for n in sorted(self._coasting) if self._size(self._texts) < n <= self._size(self._batch))
             decides = next((self._coasting[n] for n in larger if self._coasting[n].knows), own)
-        self._coasts = self._planned is None and self._least > 1 and decides.coasts and self._least_nearly_best()
+        best, least = (self._expected[k] / self._costs[k] for k in (self._best, self._least))
+        own.saw_best(best / least)
+        self._coasts = self._planned is None and self._least > 1 and decides.coasts and decides.is_nearly_best
         if self._coasts:
             self._planned, self._block_left = self._least, own.left if decides is own else Coasting.BLOCK
-
-    def _least_nearly_best(self) -> bool:
-        """Is the least number of drafts expected to be nearly as fast as the best fixed one?"""
-        best, least = (self._expected[k] / self._costs[k] for k in (self._best, self._least))
-        return best < self.NEARLY * least
 
     def _coasting_of(self, texts: int) -> Coasting:
         size = self._size(texts)
@@ -345,7 +359,8 @@ class AdaptiveLength:
         """Σ w · s · a' · (1 + a' − ā)."""
         acceptance = self._acceptance
         for position in range(self._followed, drafted):
-            chances = acceptance.of_drafts(position, self._tokens[position], self._bins[position])
+            bins = self._bins[position] if self._asks else None
+            chances = acceptance.of_drafts(position, self._tokens[position], bins)
             self._alive = [s * chance for s, chance in zip(self._alive, chances, strict=True)]
         self._followed = drafted
         chance, hoped = acceptance.at[drafted], 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 
 
 class Coasting:
@@ -13,9 +12,9 @@ class Coasting:
     other is tried for two blocks now and then, the more seldom the more it would lose: for LOSS of the time.
 
     What coasting is worth is first reckoned: what the judged cycles gained over the least number is known from
-    themselves, or expected of those that coast (`expects`), and what judging costs from the seconds of draft steps,
-    judged and not. But that sees one cycle at a time, and not what a cycle leaves to the next. So what a block achieved
-    is compared with the one before it, of the other kind, and tells how far that reckoning is off (a Kalman filter).
+    themselves, or expected of those that coast (`expects`), and what judging costs from its own seconds. But that sees
+    one cycle at a time, and not what a cycle leaves to the next. So what a block achieved is compared with the one
+    before it, of the other kind, and tells how far that reckoning is off (a Kalman filter).
     """
 
     BLOCK, LONG_BLOCK = 12, 24  # cycles; the long ones coast where that is thought to be better
@@ -23,26 +22,28 @@ class Coasting:
     LONGEST, LONGEST_COASTING = 576.0, 192.0  # cycles between two trials
     KNOWN, KNOWN_BLOCKS = 250.0, 6  # tokens of judged cycles, and blocks of them, before it ever coasts
     FADING = 0.97  # of what was seen, with each block of BLOCK
-    COST, MOST = 0.03, 0.1  # share of the time that judging takes, as long as it was hardly measured; and the most
-    STEPS = 4.0  # draft steps, of which what judging adds is what it adds to a cycle: half of it is in two steps
-    KEPT = 31  # last seconds of draft steps, for so many texts
+    OWN_FADING, MOST = 0.9, 0.1  # of its own share of the time, with each time it was measured; the most it may be
+    COASTS = 0.3  # of what judging takes coasting takes too, as long as it never did
     SLOW = 2  # blocks in a row that coasted and were slower than plain decoding, and it judges
     SPREAD = 0.03  # standard deviation of what is reckoned
+    OUT_OF_STEP = 0.03  # share of the tokens that a large batch loses, it is thought, as judging brings it out of step
     VARIANCE = 0.8  # of a block's tokens over their mean, times its cycles and texts, as long as few were seen:
     BLOCKS = 4.0  # worth so many differences of two blocks of a kind
+    NEARLY = 1.06  # times as fast: another fixed number that is thought to be better by more, and it does not coast
+    BEST_FADING = 0.9  # of how much better that was thought to be, with each time of it
 
     def __init__(self, texts: int) -> None:
         self.coasts = False  # in the next cycle
         # Of judged cycles.
         self._tokens = self._gained = self._known = 0.0
         self._blocks = 0
-        self._judged: dict[int, deque[float]] = {}  # texts → seconds of a draft step,
-        self._coasted: dict[int, deque[float]] = {}  # and where it coasts
-        self._cycle_seconds: dict[int, float] = {}  # texts → of a whole cycle
-        self._off, self._doubt = 0.0, self.SPREAD**2  # what coasting is worth more than reckoned, and its variance
+        self._own: dict[bool, float] = {}  # where it coasts or does not, the rule's own share of the time
+        # What coasting is worth more than reckoned, and its variance.
+        self._off, self._doubt = self.OUT_OF_STEP * (1.0 - 1.0 / texts), self.SPREAD**2
         self._squares, self._alike = self.BLOCKS * 2.0 * self.VARIANCE / (self.BLOCK * texts), self.BLOCKS
         self._last: tuple[bool, float] | None = None  # did the last block coast, and the logarithm of what it achieved
         self._slow = 0  # see SLOW
+        self._better: float | None = None  # logarithm of how many times as fast the best fixed number is
         self._rest: float | None = None  # cycles until the other kind is tried
         self._turned = False  # to the other kind before this block
         # Of this block.
@@ -56,6 +57,11 @@ class Coasting:
         return self._known >= self.KNOWN and self._blocks >= self.KNOWN_BLOCKS
 
     @property
+    def is_nearly_best(self) -> bool:
+        """Is the least number thought to be nearly as fast as the best fixed one?"""
+        return (self._better or 0.0) < math.log(self.NEARLY)
+
+    @property
     def left(self) -> int:
         """Cycles until the block is over."""
         return self._block - self._cycles
@@ -63,31 +69,33 @@ class Coasting:
     @property
     def cost(self) -> float:
         """Share of the time that judging takes."""
-        shares, weights = self.COST * self.BLOCK, float(self.BLOCK)
-        for texts in self._judged.keys() & self._coasted.keys():
-            judged, coasted = sorted(self._judged[texts]), sorted(self._coasted[texts])
-            weight = min(len(judged), self.BLOCK * len(coasted))
-            more = judged[len(judged) // 2] - coasted[len(coasted) // 2]
-            shares += weight * min(max(self.STEPS * more / self._cycle_seconds[texts], 0.0), self.MOST)
-            weights += weight
-        return shares / weights
+        judging = self._own.get(False, 0.0)
+        return judging - self._own.get(True, self.COASTS * judging)
 
     @property
     def worth(self) -> float:
         """Share of the tokens that coasting gives more than judging."""
         return self.cost - self._gained / max(self._tokens, 1.0) + self._off
 
-    def saw_judged(self, texts: int, gained: float, tokens: float, plain: float, step: float, cycle: float) -> None:
+    def saw_best(self, faster: float) -> None:
+        """The best fixed number of drafts is expected to be so many times as fast as the least number."""
+        new = math.log(faster)
+        self._better = new if self._better is None else new + self.BEST_FADING * (self._better - new)
+
+    def took(self, coasts: bool, share: float) -> None:
+        """The rule itself took so much of the time of some cycles, all of which coasted or none."""
+        new, old = min(share, self.MOST), self._own.get(coasts)
+        self._own[coasts] = new if old is None else new + self.OWN_FADING * (old - new)
+
+    def saw_judged(self, gained: float, tokens: float, plain: float) -> None:
         """A judged cycle.
 
         gained: how many tokens more than the least number of drafts would have given in as much time. plain: tokens
-        that plain decoding would have. step, cycle: seconds of its draft steps, and of a cycle with the least number.
+        that plain decoding would have.
         """
         self._tokens += tokens
         self._known += tokens
         self._gained += gained
-        self._judged.setdefault(texts, deque(maxlen=self.KEPT)).append(step)
-        self._cycle_seconds[texts] = cycle
         if not self.coasts:
             self._count(1, tokens, plain)
 
@@ -96,9 +104,8 @@ class Coasting:
         self._tokens += tokens
         self._gained += gained
 
-    def saw_coasted(self, texts: int, cycles: int, tokens: float, plain: float, step: float) -> None:
-        """Cycles that were not judged, all of as many texts: see `saw_judged`."""
-        self._coasted.setdefault(texts, deque(maxlen=self.KEPT // 4)).append(step)
+    def saw_coasted(self, cycles: int, tokens: float, plain: float) -> None:
+        """Cycles that were not judged: see `saw_judged`."""
         if self.coasts:
             self._count(cycles, tokens, plain)
 

@@ -62,11 +62,6 @@ class Cycles:
         """All of their time."""
         return sum(map(sum, self.draft_seconds)) + sum(self.rest)
 
-    @property
-    def step(self) -> float:
-        """Median seconds of a draft step."""
-        return sorted(map(sum, self.draft_seconds))[self.number // 2] / len(self.draft_seconds[0])
-
     def add(self, accepted: list[int], draft_seconds: list[float], rest: float) -> None:
         """One more."""
         self.accepted.append(accepted)

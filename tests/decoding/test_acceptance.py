@@ -50,6 +50,38 @@ def test_by_confidence_and_depth():
     assert deep_sure == pytest.approx(0.7, abs=0.12) and deep_unsure == pytest.approx(0.7, abs=0.12)
 
 
+def test_confidence_foretells_or_does_not():
+    likely = {4: 0.5, 9: 0.98}
+    for tells in (True, False):
+        acceptance = learned(lambda _, b, tells=tells: likely[b] if tells else 0.75, bins=lambda c: c.choice([4, 9]))
+        for seed in range(5):  # what it tells is known by what was learned
+            chance = random.Random(seed)
+            for _ in range(40):
+                b = chance.choice([4, 9])
+                acceptance.count(cycle(int(chance.random() < (likely[b] if tells else 0.75)), 1, [[5000]], [[b]]))
+                acceptance.estimate()
+        assert acceptance.foretells == tells
+
+
+def test_where_confidence_is_unknown_any_is_taken():
+    acceptance = learned(lambda _, b: 0.98 if b == 9 else 0.5, 2000, bins=lambda c: c.choice([4, 9]))
+    assert 0.5 < acceptance.of_drafts(0, [5000], None)[0] < 0.95
+    for _ in range(400):
+        acceptance.count(cycle(0, 1, bins=[]))
+    acceptance.estimate()
+    assert acceptance.of_drafts(0, [5000], None)[0] < 0.1
+    assert acceptance.of_drafts(0, [5000], [9])[0] > 0.9  # nothing new was seen of those
+
+
+def test_a_position_counts_by_what_a_text_is_worth():
+    """A batch waits for its slow texts: what is expected of it is what is expected of them."""
+    acceptance = Acceptance(1)
+    for _ in range(200):
+        acceptance.count(Cycle([1, 0], [1, 1], 1, 0.1, 1.0, 10, True, False, [0.4, 1.6], [[1, 2]], []))
+    acceptance.estimate()
+    assert acceptance.at[0] == pytest.approx(0.2, abs=0.03)
+
+
 def test_by_the_token_before():
     """After token 1 none stands, after token 2 all do."""
     acceptance, chance = Acceptance(2), random.Random(0)

@@ -155,7 +155,7 @@ class SetAcceptance:
 
 def measure(row: Row, model: Any, step: DraftStep, rounds: list[list[list[int]]], clock: Any) -> Iterator[None]:
     """Decode the prompts of each round in every way, the first's to warm up; yields after each way of a batch."""
-    auto = AdaptiveLength()
+    auto = AdaptiveLength(clock=clock)
 
     def decode(way: int | str, group: list[list[int]]) -> tuple[list[list[int]], DecodingStatistics]:
         simulated = step if isinstance(step, SetAcceptance) and way else None

@@ -35,9 +35,10 @@ class AdaptiveLength:
 
     the stopping rule that maximises the long-run rate (renewal-reward theorem). s is the product of the acceptance of
     drafts of like confidence, or of any where that foretells nothing, and a' is a_{j+1}; both as far as nothing is
-    known of drafts after the same token: see `Acceptance`. The next cycle's first token is the target's own and never refused, and best spent on a token that is
-    hard to foresee. So a draft that stands is worth less than a token where it was less likely to than drafts are on
-    average, ā: it would have been that first token. The weights w tell what a token of each text is worth: `TextWorth`; the a_i are weighted so too.
+    known of drafts after the same token: see `Acceptance`. The next cycle's first token is the target's own and never
+    refused, and best spent on a token that is hard to foresee. So a draft that stands is worth less than a token where
+    it was less likely to than drafts are on average, ā: it would have been that first token. The weights w tell what a
+    token of each text is worth: `TextWorth`; the a_i are weighted so too.
     Where LEAST drafts or more are the best fixed number, a cycle drafts as many: cut short, it leaves the next one's
     first token to what could be foreseen, and the texts of a batch fall out of step. And where it gains less than its
     own time to judge each draft, LEAST are drafted without: `Coasting`.

@@ -164,7 +164,7 @@ class AdaptiveLength:
         elif texts < self._texts:
             self._shrank = self._cycles
         if self._estimated_for and (others or self._estimated_for != texts):
-            self._begin_with(texts)
+            self._begin_with(left)
         samples = (self._coasted.number if self._coasts else self._cycles) % (self.SAMPLE_EVERY * texts) == 0
         self._observes = self._planned is None or (self._coasts and samples)
         self._asks = self._observes and (samples or self._acceptance.foretells)
@@ -179,14 +179,16 @@ class AdaptiveLength:
             return True
         return longest < self._rest_seconds.length and len(left) == self._texts
 
-    def _begin_with(self, texts: int) -> None:
+    def _begin_with(self, left: list[int]) -> None:
         """A cycle of other texts than the last, or of those of them that are left: costs and rate are others.
 
         Where it is another number of texts, a look, which was for the last number, is over; and where drafting pays
         for so many it drafts at once, whatever was planned.
         """
         self._take_in()
+        texts = len(left)
         as_many, self._texts = self._texts == texts, texts
+        self._worth = self._text_worth.of_each(left, self._cycles)
         self._estimate()
         if self._planned:  # drafts, as many as the last texts were to try, or coasted with
             self._coasts, self._planned = False, None
@@ -194,7 +196,7 @@ class AdaptiveLength:
             self._look = 0
             if not self._rest_seconds.has_about(texts):
                 self._planned, self._new = 0, self.NEW
-            elif self._rate * self._costs[0] > texts:
+            elif self._rate * self._costs[0] > self._expected[0]:
                 self._planned = None
         self._coast()
 
@@ -265,6 +267,8 @@ class AdaptiveLength:
     def _estimate(self) -> None:
         """E(k) and C(k); the best k ≥ 1, and its tokens per second, corrected by what was achieved.
 
+        Tokens count by what they are worth.
+
         The product of the a_i says too much: later positions are seen in the cycles that go well.
         """
         self._acceptance.estimate()
@@ -272,7 +276,7 @@ class AdaptiveLength:
         rest = self._rest_seconds.by_drafts(self._texts, self._longest)
         self._costs, self._demanded = [k * draft + seconds for k, seconds in enumerate(rest)], {}
         self._estimated_for, self._best, self._rate = self._texts, 0, 0.0
-        tokens = alive = float(self._texts)
+        tokens = alive = sum(self._worth)
         self._expected = [tokens]
         for k, chance in enumerate(self._acceptance.at, start=1):
             alive *= chance
@@ -289,19 +293,19 @@ class AdaptiveLength:
 
     def _plan(self, last: Cycle) -> None:
         """Decide about the next cycle."""
-        plain_seconds = self._costs[0]
-        if self._rate * plain_seconds > self._texts:
+        plain_seconds, plain_tokens = self._costs[0], self._expected[0]
+        if self._rate * plain_seconds > plain_tokens:
             explores = self._cycles % self.EXPLORE_EVERY == 0
             self._planned = min(last.steps + 2, self._longest) if explores else None
             self._patience = self.SHORTEST_REST
-            lost = self.LOOK * (plain_seconds - self._texts / self._rate) / self._costs[self._best]
+            lost = self.LOOK * (plain_seconds - plain_tokens / self._rate) / self._costs[self._best]
             if self._work >= max(lost / self.LOOKS_LOSS, self.SHORTEST_WORK):
                 self._look = self.LOOK
         else:
             self._rest_or_try(last, plain_seconds)
         if not self._rest_seconds.has_about(self._texts):
             self._look = 1
-        elif not self._look and self._rate * plain_seconds < self.NEAR * self._texts:
+        elif not self._look and self._rate * plain_seconds < self.NEAR * plain_tokens:
             known = self._rest_seconds.has_about(self._texts, self.LOOK - self.COLD)
             # Only the first look waits for nothing: where texts leave one by one, so many are soon so many no more.
             if not known and (self._work >= self.SHORTEST_WORK or not self._looked):

@@ -75,11 +75,11 @@ def test_where_confidence_is_unknown_any_is_taken():
 
 def test_a_position_counts_by_what_a_text_is_worth():
     """A batch waits for its slow texts: what is expected of it is what is expected of them."""
-    acceptance = Acceptance(1)
+    acceptance = Acceptance(2)
     for _ in range(200):
-        acceptance.count(Cycle([1, 0], [1, 1], 1, 0.1, 1.0, 10, True, False, [0.4, 1.6], [[1, 2]], []))
+        acceptance.count(Cycle([2, 0], [2, 2], 2, 0.1, 1.0, 10, True, False, [0.4, 1.6], [[1, 2]] * 2, []))
     acceptance.estimate()
-    assert acceptance.at[0] == pytest.approx(0.2, abs=0.03)
+    assert acceptance.at[0] == pytest.approx(0.2, abs=0.03) and acceptance.at[1] > 0.8
 
 
 def test_by_the_token_before():

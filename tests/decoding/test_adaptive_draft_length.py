@@ -193,7 +193,39 @@ def test_asks_how_confident_drafts_are_only_where_that_tells(tells, texts):
             judged, asked = judged + 1, asked + bool(rule._bins)
         rule.saw_cycle(stood, [drafted] * texts, [0.15] * drafted, 1.0)
     assert judged > 200
-    assert asked > 0.85 * judged if tells else 0 < asked < 0.3 * judged
+    assert asked > 0.85 * judged if tells else 0 < asked < 1.5 * judged / (rule.SAMPLE_EVERY * texts)
+
+
+def test_all_that_it_does_is_its_own_time():
+    """A clock that ticks whenever it is read: each part takes one tick."""
+    ticks = itertools.count()
+    rule, seen = AdaptiveLength(clock=lambda: next(ticks)), 0
+    for _ in range(200):
+        judges, before = rule._planned is None, rule._own
+        lengths, _ = run(lambda _: 0.8, 1, verify=flat, draft_seconds=0.05, rule=rule, seed=seen)
+        if judges and rule._seen:  # else it has learned, and counts anew
+            assert rule._own - before == lengths[0] + 1 + (lengths[0] if rule._bins else 0) + 1
+            seen += 1
+    assert seen > 30
+
+
+def test_what_a_batch_achieves_is_held_against_what_is_expected_of_its_slow_texts():
+    """The drafts of the first text always stand, three of ten of the second's."""
+    rule, chance, left, compared = AdaptiveLength(), random.Random(0), [0, 0], []
+    for _ in range(2000):
+        if not all(left):
+            left = [400, 400]
+        drafted = 0
+        while rule.wants_another(drafted, [chance.randrange(50) for _ in range(2)], list(left), 1):
+            rule.saw_draft(CONFIDENT.expand(2, -1), NO_CHANCES)
+            drafted += 1
+        stood = [drafted, next((i for i in range(drafted) if chance.random() >= 0.3), drafted)]
+        rule.saw_cycle(stood, [drafted] * 2, [0.05] * drafted, 1.0)
+        left = [max(n - 1 - each, 0) for n, each in zip(left, stood, strict=True)]
+        compared.append((rule._worth[1] / rule._worth[0], rule._achieved[0] / max(rule._achieved[1], 1.0)))
+    ratios, achieved = zip(*compared[500:], strict=True)
+    assert statistics.median(ratios) > 1.5
+    assert statistics.median(achieved) == pytest.approx(1.0, abs=0.2)
 
 
 def test_ends_before_what_follows_a_token_that_foretells_nothing():

@@ -117,6 +117,7 @@ def test_the_last_texts_of_a_batch_coast_where_it_did():
     assert share_judged(batch[300:]) < 0.4 and learned._coasting[3].knows
     learned._coasting[3].coasts = True
     rule = copy.deepcopy(learned)
+    rule._coasting_of(2)._better = 1.0  # whatever is thought of so few
     tail, _ = decode((0.75, 0.75), AdaptiveLength.TAIL + 24, judging=0.05, rule=rule, texts=2)
     looks = sum(drafted == 0 for drafted, _ in tail)
     assert sum(judged for _, judged in tail[: AdaptiveLength.TAIL]) <= looks + AdaptiveLength.LEARN_EVERY

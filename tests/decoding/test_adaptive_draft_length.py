@@ -228,6 +228,12 @@ def test_what_a_batch_achieves_is_held_against_what_is_expected_of_its_slow_text
     assert statistics.median(achieved) == pytest.approx(1.0, abs=0.2)
 
 
+def test_one_text_after_a_batch_is_one_text():
+    _, rule = run(lambda _: 0.8, 200, 0.05, flat, texts=8)
+    rule.wants_another(0, [1], [1001], 1)
+    assert rule._expected[0] == 1.0
+
+
 def test_ends_before_what_follows_a_token_that_foretells_nothing():
     """Tokens 0 … 9: after a 7 no draft ever stands, after the others nearly all do. No other sign tells them apart."""
     rule, chance = AdaptiveLength(), random.Random(0)

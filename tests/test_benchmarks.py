@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import export, loss, step
+from benchmarks.gpu import decoding as gpu_decoding
 from benchmarks.gpu import loss as gpu_loss
 
 
@@ -31,6 +32,26 @@ def test_the_gpu_loss_benchmark_runs_at_its_small_size(capsys: pytest.CaptureFix
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert "D=64 V=500 tokens=256" in header
     assert [row.split()[0] for row in rows] == ["1", "3"]
+
+
+def test_the_gpu_decoding_benchmark_runs_at_its_small_size(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_decoding.main(["--small", "--drafts", "1", "3", "--batches", "1", "2", "--tokens", "12", "--repeats", "1"])
+    _, header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["trunk", "batch", "plain", "draft", "captured", "ratio"] + [
+        column for k in ("k=1", "k=3") for column in (k, "ratio", "speed-up")
+    ]
+    assert [row.split()[:2] for row in rows] == [["small", "1"], ["small", "2"]]
+    for row in rows:
+        plain, _, _, _, one, _, faster, *_ = row.split()[2:]
+        if not torch.cuda.is_available():
+            assert float(faster) == pytest.approx(1.8 * float(plain) / float(one), rel=0.05)
+
+
+def test_the_gpu_decoding_benchmark_refuses_a_captured_step_that_is_another() -> None:
+    states_BD, tokens_B = torch.zeros(1, 2), torch.zeros(1)
+    gpu_decoding.check_equal([lambda *inputs: inputs] * 2, (states_BD, tokens_B))
+    with pytest.raises(SystemExit, match="captured"):
+        gpu_decoding.check_equal([lambda *inputs: inputs, lambda h, t: (h + 1e-7, t)], (states_BD, tokens_B))
 
 
 def test_the_gpu_loss_benchmarks_plain_formulation_is_the_same_in_parts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,8 +13,16 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from data_pipeline import UserError
 
+
+def _stage(kind: Any, name: str) -> Any:
+    """What Python 3.11.0 to 3.11.3 wrote an enum's member as: getattr, of this enum and its members alone."""
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise UnpicklingError(f"Unsupported getattr of {kind}: {name}")
+    return ZeroStageEnum[name]
+
+
 # Once for all: torch's `safe_globals` context changes the whole process, and files are opened by several threads.
-torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address, (_stage, "builtins.getattr")])
 
 
 def load_data_only(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:

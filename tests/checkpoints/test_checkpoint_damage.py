@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_helpers import make_config, publish_step
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from data_pipeline import UserError
@@ -132,6 +133,32 @@ def test_a_pickle_that_runs_code_is_refused_though_its_manifest_is_right(config:
     assert not marker.exists()
     torch.load(newer / "rank1.pt", weights_only=False)
     assert marker.exists(), "the attack works where pickles are trusted"
+
+
+class Gets:
+    """Is pickled as an attribute of something, as enums' members are by Python 3.11.0 to 3.11.3."""
+
+    def __init__(self, owner: object, name: str):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_an_enums_member_is_data_however_python_writes_it(tmp_path: Path) -> None:
+    torch.save({"zero_stage": Gets(ZeroStageEnum, "weights"), "again": ZeroStageEnum.weights}, tmp_path / "stage.pt")
+    assert load_data_only(tmp_path / "stage.pt") == {
+        "zero_stage": ZeroStageEnum.weights,
+        "again": ZeroStageEnum.weights,
+    }
+
+
+@pytest.mark.parametrize("what", [(ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro"), (LossScaler, "backward")])
+def test_no_other_attribute_of_anything_is_data(what: tuple[object, str], tmp_path: Path) -> None:
+    torch.save({"attack": Gets(*what)}, tmp_path / "stage.pt")
+    assert torch.load(tmp_path / "stage.pt", weights_only=False)["attack"] is not None
+    with pytest.raises(UserError, match=r"stage\.pt: cannot be read as a checkpoint file \(.*Unsupported getattr"):
+        load_data_only(tmp_path / "stage.pt")
 
 
 def test_a_newer_format_is_refused_and_not_taken_for_damage(config: Config) -> None:

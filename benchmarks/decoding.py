@@ -36,9 +36,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.decoding_page import write_page
+from benchmarks.random_model import GPT2, random_model
 from data_pipeline import Dataset, UserError, run_command
 from pretrain.decoding import (
     AdaptiveLength,
@@ -52,10 +52,8 @@ from pretrain.decoding import (
 )
 from pretrain.decoding.trunk import CachedTrunk
 from pretrain.evals.subject import open_data, open_subject
-from pretrain.latent_dynamics import LatentDynamics
 
 WAYS: tuple[int | str, ...] = (0, *range(1, 11), "auto")
-GPT2 = {"layers": 12, "width": 768, "heads": 12, "mlp_width": 2048, "vocabulary": 50_257, "dynamics_width": 2448}
 TINY = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 64, "vocabulary": 300, "dynamics_width": 32}
 PROMPT = 20
 TEXTS, FEWER_TEXTS = 8, 4  # of a round; fewer in slow rows
@@ -227,21 +225,6 @@ def prompts_by_domain(export: Export, dataset: Dataset, count: int, length: int)
                 f"where {count} are wanted; give --data with more Python files"
             )
     return {domain: prompts[:: len(prompts) // count][:count] for domain, prompts in found.items()}
-
-
-def random_model(size: dict[str, int], context: int, device: torch.device) -> tuple[Any, LatentDynamics]:
-    """A Llama and p_psi of this size with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=size["vocabulary"],
-        hidden_size=size["width"],
-        intermediate_size=size["mlp_width"],
-        num_hidden_layers=size["layers"],
-        num_attention_heads=size["heads"],
-        max_position_embeddings=context,
-    )
-    with device:
-        return LlamaForCausalLM(config).eval(), LatentDynamics(size["width"], size["dynamics_width"]).eval()
 
 
 def run(export: Export, prompts: dict[str, list[list[int]]], arguments: argparse.Namespace, clock: Any) -> list[Row]:

@@ -16,40 +16,21 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.random_model import GPT2, random_model
 from pretrain.decoding import DraftStep, FixedLength, draft_with_latent_dynamics, generate_batch
 from pretrain.decoding.captured import CapturedStep
-from pretrain.latent_dynamics import LatentDynamics
 
 TRUNKS = {
-    "GPT-2": {"layers": 12, "width": 768, "heads": 12, "mlp_width": 2048, "vocabulary": 50_257, "dynamics_width": 2448},
+    "GPT-2": GPT2,
     "1.3B": {"layers": 24, "width": 2048, "heads": 16, "mlp_width": 5504, "vocabulary": 50_257, "dynamics_width": 6528},
 }
 SMALL = {"small": {"layers": 2, "width": 32, "heads": 2, "mlp_width": 64, "vocabulary": 300, "dynamics_width": 64}}
 STANDS = 0.8
 PROMPT = 64
-
-
-def random_pair(size: dict[str, int], context: int, device: torch.device) -> tuple[Any, LatentDynamics]:
-    """A Llama and p_psi of this size in bfloat16 with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=size["vocabulary"],
-        hidden_size=size["width"],
-        intermediate_size=size["mlp_width"],
-        num_hidden_layers=size["layers"],
-        num_attention_heads=size["heads"],
-        max_position_embeddings=context,
-    )
-    with device:
-        model = LlamaForCausalLM(config)
-        dynamics = LatentDynamics(size["width"], size["dynamics_width"])
-    return model.to(torch.bfloat16).eval(), dynamics.to(torch.bfloat16).eval()
 
 
 def waits(device: torch.device) -> None:
@@ -90,7 +71,7 @@ def cycle_seconds(
 
 def measure(name: str, size: dict[str, int], batch: int, arguments: argparse.Namespace, device: torch.device) -> str:
     """One line of the table."""
-    model, dynamics = random_pair(size, PROMPT + arguments.tokens, device)
+    model, dynamics = (module.to(torch.bfloat16) for module in random_model(size, PROMPT + arguments.tokens, device))
     captured = draft_with_latent_dynamics(model, dynamics)
     steps = [captured._step, captured] if isinstance(captured, CapturedStep) else [captured]
     generator = torch.Generator().manual_seed(0)

@@ -36,7 +36,6 @@ class Acceptance:
         self._foretold = self.FORETOLD_HOPE
         # See `estimate`.
         self.at = [self.HOPE] * longest
-        self.mean = self.HOPE
         self._confident = [[self.HOPE] * self.BINS] * self.DEPTHS
         self._any = [self.HOPE] * self.DEPTHS  # where confidence is not known
 
@@ -95,14 +94,12 @@ class Acceptance:
         counts[1] += 1
 
     def estimate(self) -> None:
-        """`at`: of each position, the chance that a draft stands where those before it do; `mean`: of all drafts."""
+        """`at`: of each position, the chance that a draft stands where those before it do."""
         self.at, chance = [], self.HOPE
         for stood, seen in self._by_position:
             # Of a position never seen it is the chance of the one before.
             chance = (stood + chance * self.WEIGHT) / (seen + self.WEIGHT)
             self.at.append(chance)
-        all_stood, all_seen = (sum(numbers) for numbers in zip(*self._by_position, strict=True))
-        self.mean = all_stood / max(all_seen, 1.0)
 
         self._confident, self._any, chances, worth = [], [], [self.HOPE] * (self.BINS + 1), 1.0
         for bins, any_bin in zip(self._by_confidence, self._by_depth, strict=True):

@@ -31,17 +31,16 @@ class AdaptiveLength:
     looks at plain decoding now and then, for LOOKS_LOSS of the time, and a cycle with j drafts, which are still alive
     with chances s (one of each text), drafts on if for any m ≥ 1 the tokens to be hoped for are worth their time,
 
-        Σ w · s · a' · (1 + a' − ā) · (1 + a_{j+2} + … + a_{j+2} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
+        Σ w · s · a' · (1 + a_{j+2} + … + a_{j+2} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
 
     the stopping rule that maximises the long-run rate (renewal-reward theorem). s is the product of the acceptance of
     drafts of like confidence, or of any where that foretells nothing, and a' is a_{j+1}; both as far as nothing is
-    known of drafts after the same token: see `Acceptance`. The next cycle's first token is the target's own and never
-    refused, and best spent on a token that is hard to foresee. So a draft that stands is worth less than a token where
-    it was less likely to than drafts are on average, ā: it would have been that first token. The weights w tell what a
-    token of each text is worth: `TextWorth`; the a_i are weighted so too.
-    Where LEAST drafts or more are the best fixed number, a cycle drafts as many: cut short, it leaves the next one's
-    first token to what could be foreseen, and the texts of a batch fall out of step. And where it gains less than its
-    own time to judge each draft, LEAST are drafted without: `Coasting`.
+    known of drafts after the same token: see `Acceptance`. The weights w tell what a token of each text is worth:
+    `TextWorth`; the a_i are weighted so too.
+    A cycle's first token is the target's own and never refused, and best spent on one that is hard to foresee. So a
+    cycle drafts LEAST, unless fewer in every cycle are as good: cut short, it leaves the next one's first token to what
+    could be foreseen, and the texts of a batch fall out of step. And where it gains less than its own time to judge
+    each draft, that many are drafted without: `Coasting`.
 
     Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
     decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed
@@ -56,12 +55,14 @@ class AdaptiveLength:
     NEAR = 1.6  # speed-up over a cold plain cycle, below which a warm one must be known
     SHORTEST_WORK = 128  # cycles with drafts between two looks
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
-    EXPLORE_EVERY = 96  # cycles, one drafts two tokens more than the last
+    EXPLORE_EVERY, LONGER = 96, 2  # cycles, one of which drafts so many tokens more than the last
     LEARN_EVERY = 4  # cycles: a small model's take less than a millisecond
+    ESTIMATE_EVERY = 8  # judged cycles: what is expected of one changes more slowly than what is known of tokens
     NEW = 8  # cycles of so many texts as never before, each of which is learned from at once
     SAMPLE_EVERY = 8  # cycles of those that coast: one is observed, to learn from it as from others
     TAIL = 48  # cycles, after a text left, that so many texts coast where more did: mostly too few to learn anything
-    LEAST = 2  # drafts of a cycle that drafts, where no fewer are the best of all fixed numbers
+    LEAST = 2  # drafts of a cycle that drafts, where fewer are not as good
+    CLEARLY = 1.02  # times as fast as fewer they must be thought to be: what is thought of more is mostly too good
     ACHIEVED_FADING, TRUST = 0.97, 30.0  # of r as achieved; how many cycles the expected r is worth
 
     def __init__(self, longest: int = LONGEST, clock: Callable[[], float] = perf_counter) -> None:
@@ -78,6 +79,7 @@ class AdaptiveLength:
         self._plain_run = self._work = 0  # cycles without drafts in a row, and with
         self._look, self._looked = 0, False  # plain cycles to come, whatever pays; and whether there ever were any
         self._rest = 0  # plain cycles until the next trial
+        self._trials = 0  # after a rest
         self._patience = self.SHORTEST_REST  # no more of them than this, which doubles with every trial in vain
         self._new = 0  # see NEW
         # Not learned from yet.
@@ -207,7 +209,10 @@ class AdaptiveLength:
         if self._cycles < len(self.FIRST):
             self._planned = min(self.FIRST[self._cycles], self._longest)
             return
-        if last.steps or self._texts != self._estimated_for or self._cycles % self.LEARN_EVERY == 0:
+        every = 1 if last.steps else self.LEARN_EVERY
+        if last.judged and self._new <= 0:
+            every = self.ESTIMATE_EVERY
+        if self._texts != self._estimated_for or self._cycles % every == 0:
             self._estimate()
         self._plan(last)
         self._coast()
@@ -243,18 +248,16 @@ class AdaptiveLength:
 
     def _judge(self, cycle: Cycle) -> None:
         """Note what it was worth to judge this cycle's drafts."""
-        texts, least = len(cycle.accepted), min(self.LEAST, self._longest)
+        texts = len(cycle.accepted)
         plain = texts * cycle.seconds / self._costs[0]
-        self._coasting_of(texts).saw_judged(self._gained(cycle, least), cycle.value, plain)
+        self._coasting_of(texts).saw_judged(self._gained(cycle, self._least), cycle.value, plain)
 
     def _gained(self, cycle: Cycle, least: int) -> float:
         """How many tokens more a judged cycle gave than the least number of drafts would have in as much time."""
         steps, acceptance = cycle.steps, self._acceptance
         gained = -self._rate * (self._costs[steps] - self._costs[least])
-        for text, (stood, worth) in enumerate(zip(cycle.accepted, cycle.worth, strict=True)):
-            for position in range(least, stood):
-                chance = acceptance.after(cycle.tokens[position][text], acceptance.at[position])
-                gained += worth * (1.0 + chance - acceptance.mean)
+        for stood, worth in zip(cycle.accepted, cycle.worth, strict=True):
+            gained += worth * max(stood - least, 0)
             if stood == steps < least:  # it made fewer, and the next one would have stood by chance
                 gained -= worth * acceptance.at[steps]
         return gained
@@ -288,15 +291,22 @@ class AdaptiveLength:
         achieved, expected = self._achieved
         trusted = self.TRUST * self._expected[self._best]
         self._rate *= (achieved + trusted) / (expected + trusted)
-        self._least = max(min(self._best, self.LEAST), 1)
+        self._least = 1
+        for k in range(2, min(self._best, self.LEAST) + 1):
+            if self._per_second(k) > self.CLEARLY * self._per_second(self._least):
+                self._least = k
         self._text_worth.shared = self._rest_seconds.shared(self._texts, self._best)
+
+    def _per_second(self, drafts: int) -> float:
+        """Tokens, of so many drafts in every cycle."""
+        return self._expected[drafts] / self._costs[drafts]
 
     def _plan(self, last: Cycle) -> None:
         """Decide about the next cycle."""
         plain_seconds, plain_tokens = self._costs[0], self._expected[0]
         if self._rate * plain_seconds > plain_tokens:
             explores = self._cycles % self.EXPLORE_EVERY == 0
-            self._planned = min(last.steps + 2, self._longest) if explores else None
+            self._planned = min(last.steps + self.LONGER, self._longest) if explores else None
             self._patience = self.SHORTEST_REST
             lost = self.LOOK * (plain_seconds - plain_tokens / self._rate) / self._costs[self._best]
             if self._work >= max(lost / self.LOOKS_LOSS, self.SHORTEST_WORK):
@@ -323,7 +333,15 @@ class AdaptiveLength:
                 self._rest, self._patience = 0, self.SHORTEST_REST
         else:
             self._rest -= 1
-        self._planned = 0 if self._rest > 0 else min(2 * last.steps, self._longest) or self._best
+        if self._rest > 0:
+            self._planned = 0
+        elif last.steps:
+            self._planned = min(2 * last.steps, self._longest)
+        else:
+            self._trials += 1
+            # What longer ones cost is a guess until it is tried, and may be a bad one.
+            longer = 0 if self._trials % 2 else self.LONGER
+            self._planned = min(self._best + longer, self._longest)
 
     def _coast(self) -> None:
         """Where the next cycle is to draft while it pays, and to judge that is not worth its time: do not."""
@@ -331,9 +349,8 @@ class AdaptiveLength:
         if not own.knows and self._cycles < self._shrank + self.TAIL:
             larger = (n for n in sorted(self._coasting) if self._size(self._texts) < n <= self._size(self._batch))
             decides = next((self._coasting[n] for n in larger if self._coasting[n].knows), own)
-        best, least = (self._expected[k] / self._costs[k] for k in (self._best, self._least))
-        own.saw_best(best / least)
-        self._coasts = self._planned is None and self._least > 1 and decides.coasts and decides.is_nearly_best
+        own.saw_best(self._per_second(self._best) / self._per_second(self._least))
+        self._coasts = self._planned is None and decides.coasts and decides.is_nearly_best
         if self._coasts:
             self._planned, self._block_left = self._least, own.left if decides is own else Coasting.BLOCK
 
@@ -363,7 +380,7 @@ class AdaptiveLength:
         return most
 
     def _hoped(self, drafted: int, left: list[int]) -> float:
-        """Σ w · s · a' · (1 + a' − ā)."""
+        """Σ w · s · a'."""
         acceptance = self._acceptance
         for position in range(self._followed, drafted):
             bins = self._bins[position] if self._asks else None
@@ -373,8 +390,7 @@ class AdaptiveLength:
         chance, hoped = acceptance.at[drafted], 0.0
         for n, worth, alive, token in zip(left, self._worth, self._alive, self._tokens[drafted], strict=True):
             if n:
-                stands = acceptance.after(token, chance)
-                hoped += worth * alive * stands * (1.0 + stands - acceptance.mean)
+                hoped += worth * alive * acceptance.after(token, chance)
         return hoped
 
     def _demand(self, drafted: int) -> float:

@@ -20,7 +20,7 @@ class Coasting:
     BLOCK, LONG_BLOCK = 12, 24  # cycles; the long ones coast where that is thought to be better
     LOSS = 0.002  # of the time, by trials of the other kind
     LONGEST, LONGEST_COASTING = 576.0, 192.0  # cycles between two trials
-    KNOWN, KNOWN_BLOCKS = 250.0, 6  # tokens of judged cycles, and blocks of them, before it ever coasts
+    KNOWN, KNOWN_BLOCKS = 250.0, 3  # tokens of judged cycles, and blocks of them, before it ever coasts
     FADING = 0.97  # of what was seen, with each block of BLOCK
     OWN_FADING, MOST = 0.9, 0.1  # of its own share of the time, with each time it was measured; the most it may be
     COASTS = 0.3  # of what judging takes coasting takes too, as long as it never did
@@ -29,7 +29,7 @@ class Coasting:
     OUT_OF_STEP = 0.03  # share of the tokens that a large batch loses, it is thought, as judging brings it out of step
     VARIANCE = 0.8  # of a block's tokens over their mean, times its cycles and texts, as long as few were seen:
     BLOCKS = 4.0  # worth so many differences of two blocks of a kind
-    NEARLY = 1.06  # times as fast: another fixed number that is thought to be better by more, and it does not coast
+    NEARLY = 1.04  # times as fast: another fixed number that is thought to be better by more, and it does not coast
     BEST_FADING = 0.9  # of how much better that was thought to be, with each time of it
 
     def __init__(self, texts: int) -> None:

@@ -73,7 +73,7 @@ def measure(name: str, size: dict[str, int], batch: int, arguments: argparse.Nam
     """One line of the table."""
     model, dynamics = (module.to(torch.bfloat16) for module in random_model(size, PROMPT + arguments.tokens, device))
     captured = draft_with_latent_dynamics(model, dynamics)
-    steps = [captured._step, captured] if isinstance(captured, CapturedStep) else [captured]
+    steps = [captured.launched, captured] if isinstance(captured, CapturedStep) else [captured]
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(size["vocabulary"], (batch, PROMPT), generator=generator).tolist()
 

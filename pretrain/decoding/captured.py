@@ -30,13 +30,13 @@ class CapturedStep:
     """A `drafting.DraftStep` on a GPU that is captured for each number of texts, and again if `weight` has moved.
 
     The first steps of so many texts run as they are: libraries set themselves up outside a capture, and numbers of
-    texts that pass, as texts end one by one, cost none.
+    texts that pass, as texts end one by one, cost none. `launched` is the step as it is, kernel by kernel.
     """
 
     EAGER = 3
 
     def __init__(self, step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], weight: Tensor):
-        self._step, self._weight = step, weight
+        self.launched, self._weight = step, weight
         self._steps: Counter[tuple[int, int]] = Counter()
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
@@ -46,7 +46,7 @@ class CapturedStep:
         if case not in self._graphs:
             self._steps[case] += 1
             if self._steps[case] <= self.EAGER:
-                return self._step(state_BD, token_B)
+                return self.launched(state_BD, token_B)
             self._graphs[case] = self._capture(state_BD, token_B)
         return self._graphs[case](state_BD, token_B)
 
@@ -55,5 +55,5 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         # What other threads do on the GPU meanwhile is their own affair.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            outputs = self._step(*inputs)
+            outputs = self.launched(*inputs)
         return _Graph(graph, inputs, outputs)

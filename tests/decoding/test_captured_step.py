@@ -116,7 +116,7 @@ def test_on_a_gpu(vocabulary):
     prompts = [[1, 2, 3], [4], [5, 6], [2, 2]]
     counted = [
         generate_batch(model, prompts, 40, draft_step=each, draft_length=FixedLength(3))
-        for each in (captured, captured._step)
+        for each in (captured, captured.launched)
     ]
     assert counted[0][0] == counted[1][0] and counted[0][1].accepted == counted[1][1].accepted
     assert captured._graphs

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import decoding
+from benchmarks import decoding, draft_length
 from benchmarks.decoding_page import auto_against_best
 from data_pipeline import UserError, open_dataset
 from pretrain.decoding import DecodingStatistics, FixedLength, draft_with_latent_dynamics, generate_batch, load_export
@@ -110,3 +110,51 @@ def test_too_few_texts_and_a_model_that_cannot_draft_are_one_line(folder, tiny_d
     plain = export(checkpoint, tmp_path / "plain", console=Console(file=io.StringIO()))
     with pytest.raises(UserError, match="give an export that has a latent dynamics model"):
         decoding.main(["--export", str(plain)])
+
+
+def test_a_replayed_text_is_drafted_and_timed_as_recorded():
+    """Two drafts from each place are right, the third is not."""
+    tokens_XN = torch.arange(24).reshape(2, 12)
+    drafts_XNK = (tokens_XN[..., None] + torch.tensor([1, 2, 0])) % 30
+    of = draft_length.Record(tokens_XN, drafts_XNK, torch.full((2, 12, 3), 0.5), 30)
+    costs = draft_length.Costs(cached=True)
+    for drafts, accepted in ((1, 6), (2, 8), (3, 8)):
+        replay = draft_length.Replay(of, costs)
+        counted = replay.decode([1], FixedLength(drafts))
+        assert (counted.tokens, counted.accepted) == (12, accepted)
+        last = 1 if 12 % (1 + min(drafts, 2)) else 0
+        seconds = (counted.cycles - last) * (costs.read(1, 1 + drafts, 0) + drafts * costs.draft(1)) / 1e3
+        assert counted.seconds == pytest.approx(seconds, rel=0.2)
+    assert draft_length.Costs(cached=False).read(8, 3, 100) > draft_length.Costs(cached=False).read(8, 3, 50)
+
+
+def test_a_replay_accepts_what_the_model_would(folder):
+    export = load_export(folder)
+    prompts = [[number + 5] * draft_length.PROMPT for number in range(6)]
+    of = draft_length.record(export, prompts, 20, 5)
+    step = draft_with_latent_dynamics(export.model, export.dynamics)
+    for drafts in (1, 3, 5):
+        _, real = generate_batch(export.model, prompts, 20, draft_step=step, draft_length=FixedLength(drafts))
+        replayed = draft_length.Replay(of, draft_length.Costs(cached=True)).decode(list(range(6)), FixedLength(drafts))
+        assert (replayed.cycles, replayed.drafted, replayed.accepted) == (real.cycles, real.drafted, real.accepted)
+        assert 0 < real.accepted < real.drafted
+
+
+def test_auto_is_held_against_fixed_lengths_without_noise(folder, tmp_path, capsys):
+    out = tmp_path / "draft_length.md"
+    few = ["--export", str(folder), "--prompts", "10", "--texts", "3", "--tokens", "12"]
+    draft_length.main([*few, "--repetitions", "2", "--out", str(out)])
+    assert out.read_text() in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.read_text().splitlines()]
+    rows = [row for row in rows if len(row) == len(draft_length.LENGTHS) + 4 and "cache" in row[0]]
+    assert len(rows) == 8
+    for row in rows:
+        fixed = dict(zip(draft_length.LENGTHS, map(float, row[1:-3]), strict=True))
+        assert fixed[int(row[-3])] == max(fixed.values()) == 1.0
+        assert 0.3 < float(row[-2].split("**")[1]) < 2.0
+    for bad, message in (
+        (["--repetitions", "1"], "at least 2"),
+        (["--prompts", "8"], "at least 6 more than --texts 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            draft_length.main([*few, *bad])

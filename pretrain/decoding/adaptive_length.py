@@ -350,7 +350,8 @@ class AdaptiveLength:
             larger = (n for n in sorted(self._coasting) if self._size(self._texts) < n <= self._size(self._batch))
             decides = next((self._coasting[n] for n in larger if self._coasting[n].knows), own)
         own.saw_best(self._per_second(self._best) / self._per_second(self._least))
-        self._coasts = self._planned is None and decides.coasts and decides.is_nearly_best
+        # Not with one draft: where that is thought best by mistake, no cycle shows what a second one would give.
+        self._coasts = self._planned is None and self._least > 1 and decides.coasts and decides.is_nearly_best
         if self._coasts:
             self._planned, self._block_left = self._least, own.left if decides is own else Coasting.BLOCK
 

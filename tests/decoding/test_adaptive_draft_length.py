@@ -93,6 +93,7 @@ def test_where_drafting_never_pays_it_costs_next_to_nothing_from_the_start(texts
     trials = [number for number, length in enumerate(lengths) if length]
     rests = [b - a for a, b in itertools.pairwise(trials)]
     assert 3 < len(rests) < 40 and max(rests) >= 4 * rests[0]
+    assert len({lengths[trial] for trial in trials[1:]}) > 1  # what longer ones cost is tried too
 
 
 def test_a_plain_cycle_asks_for_no_draft_and_looks_at_no_logits():
@@ -327,6 +328,14 @@ def test_leaves_a_token_that_is_hard_to_foresee_to_the_next_cycle():
     two = speed(FixedLength(2), 0)
     assert speed(FixedLength(3), 0) < 0.97 * two
     assert min(speed(AdaptiveLength(), seed) for seed in range(4)) > 0.985 * two
+
+
+def test_judges_where_one_draft_is_best_as_no_other_cycle_shows_what_a_second_gives():
+    rule, coasts, drafts = AdaptiveLength(), 0, []
+    for cycle in range(600):
+        drafts += run(lambda position: 0.9 if position == 0 else 0.1, 1, 0.2, flat, rule=rule, texts=8, seed=cycle)[0]
+        coasts += rule._coasts
+    assert statistics.median(drafts[100:]) == 1 and coasts == 0
 
 
 def test_keeps_texts_in_step_where_every_third_token_cannot_be_foreseen():

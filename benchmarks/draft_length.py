@@ -30,7 +30,7 @@ from data_pipeline import UserError, run_command
 from pretrain.decoding import (
     AdaptiveLength,
     DecodingStatistics,
-    Export,
+    DraftStep,
     FixedLength,
     draft_with_latent_dynamics,
     generate_batch,
@@ -71,14 +71,13 @@ class Record:
     vocabulary: int
 
 
-def record(export: Export, prompts: list[list[int]], tokens: int, longest: int) -> Record:
+def record(model: Any, step: DraftStep, prompts: list[list[int]], tokens: int, longest: int) -> Record:
     """Decode these prompts (all of one length), and draft `longest` tokens from each place of what follows."""
-    texts, _ = generate_batch(export.model, prompts, tokens)
-    prompts_and_texts = torch.tensor([a + b for a, b in zip(prompts, texts, strict=True)], device=export.model.device)
-    states_XSD = export.model.model(input_ids=prompts_and_texts).last_hidden_state
+    texts, _ = generate_batch(model, prompts, tokens)
+    prompts_and_texts = torch.tensor([a + b for a, b in zip(prompts, texts, strict=True)], device=model.device)
+    states_XSD = model.model(input_ids=prompts_and_texts).last_hidden_state
     start = len(prompts[0])
     state, token = states_XSD[:, start - 1 : -1].flatten(0, 1), prompts_and_texts[:, start:].flatten()
-    step = draft_with_latent_dynamics(export.model, export.dynamics)  # type: ignore[arg-type]  # checked in main
     drafts, chances = [], []
     for _ in range(longest):
         state, logits = step(state, token)
@@ -90,7 +89,7 @@ def record(export: Export, prompts: list[list[int]], tokens: int, longest: int) 
         torch.tensor(texts),
         torch.stack(drafts, -1).reshape(shape).cpu(),
         torch.stack(chances, -1).reshape(shape).cpu(),
-        export.model.config.vocab_size,
+        model.config.vocab_size,
     )
 
 
@@ -268,10 +267,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{arguments.export}: give an export that has a latent dynamics model (nextlat/)")
     prompts = prompts_by_domain(export, open_data(subject, arguments.data), arguments.prompts, PROMPT)
     cases = [(cached, batch, domain) for cached in (True, False) for batch in (1, 8) for domain in prompts]
+    step = draft_with_latent_dynamics(export.model, export.dynamics)
     rows = []
     with Progress(console=Console(stderr=True)) as progress, torch.inference_mode():
         records = {
-            domain: record(export, prompts[domain], arguments.tokens, AdaptiveLength.LONGEST)
+            domain: record(export.model, step, prompts[domain], arguments.tokens, AdaptiveLength.LONGEST)
             for domain in progress.track(prompts, description="texts recorded")
         }
         for cached, batch, domain in progress.track(cases, description="ways replayed"):

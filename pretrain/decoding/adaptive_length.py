@@ -40,7 +40,7 @@ class AdaptiveLength:
     A cycle's first token is the target's own and never refused, and best spent on one that is hard to foresee. So a
     cycle drafts LEAST, unless fewer in every cycle are as good: cut short, it leaves the next one's first token to what
     could be foreseen, and the texts of a batch fall out of step. And where it gains less than its own time to judge
-    each draft, that many are drafted without: `Coasting`.
+    each draft, LEAST are drafted without: `Coasting`.
 
     Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
     decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed

@@ -116,21 +116,24 @@ class SetAcceptance:
     """A draft step that computes all that p_psi's does, and then drafts the target's own token with a set chance.
 
     The luck of a place in a text is the same in every way of decoding it, so that none is the fastest by luck. No draft
-    of a place is compared twice.
+    of a place is compared twice. A wrong draft is another token of the text, drawn by chance: none is known by itself.
     """
 
     def __init__(self, step: DraftStep, chances: list[float]):
         self._step, self._chances = step, chances
         self.texts: list[list[int]] = []  # what the target will say
-        self._luck: list[list[float]] = []
+        self._luck: list[list[tuple[float, int]]] = []  # of each place: a share, and what is drafted above the chance
         self._said: list[int] = []
         self._position = 0
 
     def begin(self) -> None:
         """A generation begins."""
         self._said, self._position = [0] * len(self.texts), 0
-        chances = [random.Random(str(text)) for text in self.texts]
-        self._luck = [[chance.random() for _ in text] for chance, text in zip(chances, self.texts, strict=True)]
+        self._luck = [self._luck_of(text) for text in self.texts]
+
+    def _luck_of(self, text: list[int]) -> list[tuple[float, int]]:
+        chance, tokens = random.Random(str(text)), sorted({*text, 0, 1})  # two at least
+        return [(chance.random(), chance.choice([token for token in tokens if token != right])) for right in text]
 
     def saw(self, row: int, tokens: list[int]) -> None:
         """The generation's `on_tokens`."""
@@ -145,9 +148,8 @@ class SetAcceptance:
         going_on = [each for each in zip(self.texts, self._luck, self._said, strict=True) if each[2] < len(each[0])]
         for row, (text, luck, said) in enumerate(going_on):
             place = min(said + self._position, len(text) - 1)
-            right = text[place]
-            drafted = right if luck[place] < chance else (right + 1) % logits_BV.shape[-1]
-            logits_BV[row, drafted] = 100.0
+            share, wrong = luck[place]
+            logits_BV[row, text[place] if share < chance else wrong] = 100.0
         return state_BD, logits_BV
 
 

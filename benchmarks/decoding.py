@@ -207,10 +207,18 @@ def texts_of_a_document(text: str) -> Iterator[tuple[str, str]]:
                 yield "code", ast.get_source_segment(text, node) or ""
 
 
-def prompts_by_domain(export: Export, dataset: Dataset, count: int, length: int) -> dict[str, list[list[int]]]:
-    """The first `length` tokens of `count` texts of each domain, spread over the documents.
+def windows(tokens: list[int], length: int, most: int) -> list[list[int]]:
+    """The first windows of a text, one after the other, as far as they are full."""
+    ends = range(length, min(len(tokens), most * length) + 1, length)
+    return [tokens[end - length : end] for end in ends]
 
-    Raises UserError where there are too few.
+
+def prompts_by_domain(
+    export: Export, dataset: Dataset, count: int, length: int, most: int = 1
+) -> dict[str, list[list[int]]]:
+    """`count` prompts of each domain, spread over the documents: the first `length` tokens of a text.
+
+    And where more than one of a text are allowed, the windows after it. Raises UserError where there are too few.
     """
     split, decode = dataset.split("validation"), export.tokenizer.decode
     starts = [int(start) for start in split.document_starts]
@@ -218,8 +226,7 @@ def prompts_by_domain(export: Export, dataset: Dataset, count: int, length: int)
     for start, stop in zip(starts, [*starts[1:], split.tokens], strict=True):
         for domain, text in texts_of_a_document(decode(split.read(start, stop).tolist(), skip_special_tokens=True)):
             tokens = export.tokenizer(text, verbose=False)["input_ids"]
-            if len(tokens) >= length:
-                found[domain].append(tokens[:length])
+            found[domain] += windows(tokens, length, most)
     for domain, prompts in found.items():
         if len(prompts) < count:
             raise UserError(

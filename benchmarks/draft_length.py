@@ -5,7 +5,8 @@
 On a shared machine the speed of the same work varies by more than draft lengths differ. So each text is decoded once,
 greedily, and what would be drafted from every place of it is recorded. Every way of decoding is then replayed on the
 record, by the decoding loop itself, on a clock that charges each forward pass the time that `Costs` states, and the
-rule the time that it takes on this machine. Which texts are decoded is left to chance, and averaged over.
+rule the time that it takes on this machine. Which texts are decoded is left to chance, and averaged over: some by a
+rule that has seen few, and as many others by the same rule after them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from pretrain.evals.subject import open_data, open_subject
 
 LENGTHS = (*range(1, 9), 10)
 WARM_UP = 6  # texts that auto decodes before it counts
+WINDOWS = 4  # prompts of one text, at most
+HALVES = ("first", "then")
 
 
 @dataclass(frozen=True)
@@ -181,45 +184,55 @@ class OnTheClock:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: logarithms of tokens a second, by way and repetition; and auto's own share of its time."""
+    """One line of the table: logarithms of tokens a second, by half, way and repetition; and auto's own share."""
 
     name: str
-    speeds: dict[int | str, list[float]]
+    speeds: dict[str, dict[int | str, list[float]]]
     own: float
 
     @property
     def best(self) -> int:
         """The fixed length that is the fastest of all, known only afterwards."""
-        return max(LENGTHS, key=lambda length: statistics.fmean(self.speeds[length]))
+        return max(LENGTHS, key=lambda way: sum(statistics.fmean(self.speeds[half][way]) for half in HALVES))
 
-    def over_best(self, way: int | str) -> tuple[float, float]:
-        """How many times as fast as the best fixed length, and its standard error."""
-        differences = [mine - best for mine, best in zip(self.speeds[way], self.speeds[self.best], strict=True)]
+    def over_best(self, way: int | str, *halves: str) -> tuple[float, float]:
+        """How many times as fast as the best fixed length in these halves, and its standard error."""
+        pairs = [zip(self.speeds[half][way], self.speeds[half][self.best], strict=True) for half in halves]
+        differences = [statistics.fmean(mine - best for mine, best in both) for both in zip(*pairs, strict=True)]
         ratio = math.exp(statistics.fmean(differences))
         return ratio, ratio * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def measure(name: str, of: Record, costs: Costs, batch: int, texts: int, repetitions: int) -> Row:
-    """Each repetition decodes `texts` texts, drawn by its number, in every way; auto begins with nothing learned."""
-    speeds: dict[int | str, list[float]] = {way: [] for way in (*LENGTHS, "auto")}
+    """Each repetition decodes twice `texts` texts, drawn by its number, in every way.
+
+    Auto begins with nothing learned, and decodes WARM_UP texts before them.
+    """
+    speeds: dict[str, dict[int | str, list[float]]] = {half: {way: [] for way in (*LENGTHS, "auto")} for half in HALVES}
     own = total = 0.0
     for repetition in range(repetitions):
-        numbers = random.Random(repetition).sample(range(len(of.tokens_XN)), WARM_UP + texts)
-        groups = [numbers[start : start + batch] for start in range(WARM_UP, len(numbers), batch)]
-        for way, speed in speeds.items():
+        numbers = random.Random(repetition).sample(range(len(of.tokens_XN)), WARM_UP + 2 * texts)
+        warm_up, *halves = (numbers[:WARM_UP], numbers[WARM_UP:-texts], numbers[-texts:])
+        for way in (*LENGTHS, "auto"):
             replay = Replay(of, costs)
             auto = None if isinstance(way, int) else OnTheClock(AdaptiveLength(), replay)
             if auto:
-                for group in (numbers[start : min(start + batch, WARM_UP)] for start in range(0, WARM_UP, batch)):
-                    replay.decode(group, auto)
+                decode_all(replay, warm_up, batch, auto)
                 auto.seconds = 0.0
-            counted = DecodingStatistics()
-            for group in groups:
-                counted.add(replay.decode(group, auto or FixedLength(int(way))))
-            speed.append(math.log(counted.tokens_per_second))
-            if auto:
-                own, total = own + auto.seconds, total + counted.seconds
+            for half, some in zip(HALVES, halves, strict=True):
+                counted = decode_all(replay, some, batch, auto or FixedLength(int(way)))
+                speeds[half][way].append(math.log(counted.tokens_per_second))
+                total += counted.seconds if auto else 0.0
+            own += auto.seconds if auto else 0.0
     return Row(name, speeds, own / total)
+
+
+def decode_all(replay: Replay, numbers: list[int], batch: int, length: DraftLength) -> DecodingStatistics:
+    """These texts, in batches of so many."""
+    counted = DecodingStatistics()
+    for start in range(0, len(numbers), batch):
+        counted.add(replay.decode(numbers[start : start + batch], length))
+    return counted
 
 
 def page(rows: list[Row], arguments: argparse.Namespace) -> str:
@@ -234,15 +247,16 @@ def page(rows: list[Row], arguments: argparse.Namespace) -> str:
         "Greedy texts of the trained model, and what it would draft from each of their places, recorded once; then "
         "decoded in every way on a clock that charges each forward pass a stated time, and `auto` the time it takes "
         "itself. Times as fast as the best fixed length, which is known only afterwards; ± standard error over "
-        "repetitions, each of which decodes other texts and begins with a rule that has decoded six texts.",
+        f"repetitions, each of which decodes other texts. **First**: {arguments.texts} texts, by a rule that has "
+        f"decoded {WARM_UP} before. **Then**: as many others, by the same rule after those.",
         "",
-        f"| text | {' | '.join(map(str, LENGTHS))} | best | auto ÷ best | auto's own time |",
-        "|---|" + "---|" * (len(LENGTHS) + 3),
+        f"| text | {' | '.join(map(str, LENGTHS))} | best | auto ÷ best, first | then | auto's own time |",
+        "|---|" + "---|" * (len(LENGTHS) + 4),
     ]
     for row in rows:
-        fixed = " | ".join(f"{row.over_best(length)[0]:.2f}" for length in LENGTHS)
-        ratio, error = row.over_best("auto")
-        lines.append(f"| {row.name} | {fixed} | {row.best} | **{ratio:.3f}** ± {error:.3f} | {row.own:.1%} |")
+        fixed = " | ".join(f"{row.over_best(length, *HALVES)[0]:.2f}" for length in LENGTHS)
+        auto = " | ".join("**{:.3f}** ± {:.3f}".format(*row.over_best("auto", half)) for half in HALVES)
+        lines.append(f"| {row.name} | {fixed} | {row.best} | {auto} | {row.own:.1%} |")
     return "\n".join(lines) + "\n"
 
 
@@ -251,21 +265,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.draft_length")
     parser.add_argument("--export", type=Path, default=Path("exports/quickstart"), help="a trained model with p_psi")
     parser.add_argument("--data", metavar="DIR", help="data set of the prompts; default: the one trained on")
-    parser.add_argument("--prompts", type=int, default=36, help="of code, and of prose, that are recorded")
-    parser.add_argument("--texts", type=int, default=24, help="of a repetition, drawn from them; 6 more to learn from")
+    parser.add_argument("--prompts", type=int, default=64, help="of code, and of prose, that are recorded")
+    parser.add_argument("--texts", type=int, default=24, help="of a repetition's halves, drawn from them")
     parser.add_argument("--repetitions", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=144, help="new tokens of a text")
     parser.add_argument("--out", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     if arguments.repetitions < 2:
         raise UserError(f"--repetitions {arguments.repetitions}: give at least 2, to tell how they differ")
-    if arguments.prompts < WARM_UP + arguments.texts:
-        raise UserError(f"--prompts {arguments.prompts}: give at least {WARM_UP} more than --texts {arguments.texts}")
+    least = WARM_UP + 2 * arguments.texts
+    if arguments.prompts < least:
+        raise UserError(f"--prompts {arguments.prompts}: give at least {least}, {WARM_UP} more than twice --texts")
     subject = open_subject(arguments.export)
     export = subject.decoder()
     if export.dynamics is None or export.tokenizer is None:
         raise UserError(f"{arguments.export}: give an export that has a latent dynamics model (nextlat/)")
-    prompts = prompts_by_domain(export, open_data(subject, arguments.data), arguments.prompts, PROMPT)
+    prompts = prompts_by_domain(export, open_data(subject, arguments.data), arguments.prompts, PROMPT, WINDOWS)
     cases = [(cached, batch, domain) for cached in (True, False) for batch in (1, 8) for domain in prompts]
     step = draft_with_latent_dynamics(export.model, export.dynamics)
     rows = []

@@ -112,6 +112,14 @@ def test_too_few_texts_and_a_model_that_cannot_draft_are_one_line(folder, tiny_d
         decoding.main(["--export", str(plain)])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "windows"), [(3, []), (4, [[0, 1, 2, 3]]), (11, [[0, 1, 2, 3], [4, 5, 6, 7]]), (12, None), (99, None)]
+)
+def test_prompts_of_one_text_follow_each_other(tokens, windows):
+    three = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert decoding.windows(list(range(tokens)), 4, 3) == (three if windows is None else windows)
+
+
 def test_a_replayed_text_is_drafted_and_timed_as_recorded():
     """Two drafts from each place are right, the third is not."""
     tokens_XN = torch.arange(24).reshape(2, 12)
@@ -142,19 +150,20 @@ def test_a_replay_accepts_what_the_model_would(folder):
 
 def test_auto_is_held_against_fixed_lengths_without_noise(folder, tmp_path, capsys):
     out = tmp_path / "draft_length.md"
-    few = ["--export", str(folder), "--prompts", "10", "--texts", "3", "--tokens", "12"]
+    few = ["--export", str(folder), "--prompts", "12", "--texts", "3", "--tokens", "12"]
     draft_length.main([*few, "--repetitions", "2", "--out", str(out)])
     assert out.read_text() in capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.read_text().splitlines()]
-    rows = [row for row in rows if len(row) == len(draft_length.LENGTHS) + 4 and "cache" in row[0]]
+    rows = [row for row in rows if len(row) == len(draft_length.LENGTHS) + 5 and "cache" in row[0]]
     assert len(rows) == 8
     for row in rows:
-        fixed = dict(zip(draft_length.LENGTHS, map(float, row[1:-3]), strict=True))
-        assert fixed[int(row[-3])] == max(fixed.values()) == 1.0
-        assert 0.3 < float(row[-2].split("**")[1]) < 2.0
+        fixed = dict(zip(draft_length.LENGTHS, map(float, row[1:-4]), strict=True))
+        assert fixed[int(row[-4])] == max(fixed.values()) == 1.0
+        first, then = (float(cell.split("**")[1]) for cell in row[-3:-1])
+        assert 0.3 < first < 2.0 and 0.3 < then < 2.0 and first != then
     for bad, message in (
         (["--repetitions", "1"], "at least 2"),
-        (["--prompts", "8"], "at least 6 more than --texts 3"),
+        (["--prompts", "8"], "at least 12, 6 more than twice --texts"),
     ):
         with pytest.raises(UserError, match=message):
             draft_length.main([*few, *bad])

@@ -103,11 +103,13 @@ class AdaptiveLength:
 
     def wants_another(self, drafted: int, tokens: list[int], left: list[int], longest: int) -> bool:
         """See `DraftLength`."""
-        if drafted and self._planned is not None and not self._observes:
+        if drafted == 0:
+            start = self._clock()
+            self._begin_cycle(left, longest)
+            self._own += self._clock() - start
+        if self._planned is not None and not self._observes:
             return drafted < self._planned  # of most drafts where it coasts, in no time
         start = self._clock()
-        if drafted == 0:
-            self._begin_cycle(left, longest)
         wants = self._decide(drafted, tokens, left)
         self._own += self._clock() - start
         return wants
@@ -146,8 +148,6 @@ class AdaptiveLength:
         self._own += self._clock() - start
 
     def _decide(self, drafted: int, tokens: list[int], left: list[int]) -> bool:
-        if self._planned is not None and not self._observes:
-            return drafted < self._planned
         self._tokens.append(tokens)
         if self._planned is not None:
             # Of a batch only judged cycles are trusted: what it would gain it loses as its texts fall out of step.

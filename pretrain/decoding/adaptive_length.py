@@ -88,7 +88,8 @@ class AdaptiveLength:
         self._own = 0.0  # seconds that it took itself
         self._foregone: list[float] = []  # see `_gain`, of the cycles that coasted and were observed
         # What is expected of a cycle: see `_estimate`.
-        self._estimated_for, self._best, self._least, self._rate = 0, 0, 1, 0.0
+        self._estimated_for, self._best, self._rate = 0, 0, 0.0
+        self._least = self._fixed = 1  # drafts of a judged cycle, at least; and of one that coasts
         self._achieved = [0.0, 0.0]  # tokens of the last cycles with drafts, and those that were expected of them
         self._expected: list[float] = []
         self._costs: list[float] = []
@@ -250,7 +251,7 @@ class AdaptiveLength:
         """Note what it was worth to judge this cycle's drafts."""
         texts = len(cycle.accepted)
         plain = texts * cycle.seconds / self._costs[0]
-        self._coasting_of(texts).saw_judged(self._gained(cycle, self._least), cycle.value, plain)
+        self._coasting_of(texts).saw_judged(self._gained(cycle, self._fixed), cycle.value, plain)
 
     def _gained(self, cycle: Cycle, least: int) -> float:
         """How many tokens more a judged cycle gave than the least number of drafts would have in as much time."""
@@ -291,10 +292,10 @@ class AdaptiveLength:
         achieved, expected = self._achieved
         trusted = self.TRUST * self._expected[self._best]
         self._rate *= (achieved + trusted) / (expected + trusted)
-        self._least = 1
-        for k in range(2, min(self._best, self.LEAST) + 1):
-            if self._per_second(k) > self.CLEARLY * self._per_second(self._least):
-                self._least = k
+        few = max(min(self._best, self.LEAST), 1)
+        one, more = self._per_second(1), self._per_second(few)
+        self._least = few if more > self.CLEARLY * one else 1
+        self._fixed = few if self.CLEARLY * more > one else 1  # judging is not left to chance where both are as good
         self._text_worth.shared = self._rest_seconds.shared(self._texts, self._best)
 
     def _per_second(self, drafts: int) -> float:
@@ -349,11 +350,11 @@ class AdaptiveLength:
         if not own.knows and self._cycles < self._shrank + self.TAIL:
             larger = (n for n in sorted(self._coasting) if self._size(self._texts) < n <= self._size(self._batch))
             decides = next((self._coasting[n] for n in larger if self._coasting[n].knows), own)
-        own.saw_best(self._per_second(self._best) / self._per_second(self._least))
+        own.saw_best(self._per_second(self._best) / self._per_second(self._fixed))
         # Not with one draft: where that is thought best by mistake, no cycle shows what a second one would give.
-        self._coasts = self._planned is None and self._least > 1 and decides.coasts and decides.is_nearly_best
+        self._coasts = self._planned is None and self._fixed > 1 and decides.coasts and decides.is_nearly_best
         if self._coasts:
-            self._planned, self._block_left = self._least, own.left if decides is own else Coasting.BLOCK
+            self._planned, self._block_left = self._fixed, own.left if decides is own else Coasting.BLOCK
 
     def _coasting_of(self, texts: int) -> Coasting:
         size = self._size(texts)

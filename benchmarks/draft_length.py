@@ -4,9 +4,10 @@
 
 On a shared machine the speed of the same work varies by more than draft lengths differ. So each text is decoded once,
 greedily, and what would be drafted from every place of it is recorded. Every way of decoding is then replayed on the
-record, by the decoding loop itself, on a clock that charges each forward pass the time that `Costs` states, and the
-rule the time that it takes on this machine. Which texts are decoded is left to chance, and averaged over: some by a
-rule that has seen few, and as many others by the same rule after them.
+record, by the decoding loop itself, on a clock that charges each forward pass the time that `Costs` states, as many
+times as this machine takes longer to decode one text plainly, and the rule the time that it takes on it. Which texts
+are decoded is left to chance, and averaged over: some by a rule that has seen few, and as many others by the same rule
+after them.
 """
 
 from __future__ import annotations
@@ -47,19 +48,26 @@ HALVES = ("first", "then")
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds of the quickstart's model, as measured on one thread of an x86-64 machine."""
+    """Milliseconds of the quickstart's model, as measured on one thread of an x86-64 machine, times `times`."""
 
     cached: bool
+    times: float = 1.0
 
     def read(self, texts: int, tokens: int, longest: int) -> float:
         """The trunk, over so many new tokens of each text, the longest of which then has `longest`."""
         if self.cached:
-            return 1.5 + 0.1 * texts + 0.1 * tokens + 0.03 * texts * tokens
-        return 1.25 + 0.04 * texts * longest
+            return self.times * (1.5 + 0.1 * texts + 0.1 * tokens + 0.03 * texts * tokens)
+        return self.times * (1.25 + 0.04 * texts * longest)
 
     def draft(self, texts: int) -> float:
         """A draft step."""
-        return 0.39 + 0.035 * texts
+        return self.times * (0.39 + 0.035 * texts)
+
+
+def slowness(model: Any, prompt: list[int], tokens: int) -> float:
+    """How many times as long as `Costs` states this machine takes to decode a token plainly, one text at a time."""
+    seconds = statistics.median(generate_batch(model, [prompt], tokens)[1].seconds for _ in range(5))
+    return 1e3 * seconds / (tokens * Costs(cached=True).read(1, 1, 0))
 
 
 @dataclass(frozen=True)
@@ -235,7 +243,7 @@ def decode_all(replay: Replay, numbers: list[int], batch: int, length: DraftLeng
     return counted
 
 
-def page(rows: list[Row], arguments: argparse.Namespace) -> str:
+def page(rows: list[Row], times: float, arguments: argparse.Namespace) -> str:
     """The table, as Markdown."""
     lines = [
         "# auto against fixed draft lengths, replayed",
@@ -245,8 +253,9 @@ def page(rows: list[Row], arguments: argparse.Namespace) -> str:
         f"    # {time.strftime('%Y-%m-%d')}, torch {torch.__version__}",
         "",
         "Greedy texts of the trained model, and what it would draft from each of their places, recorded once; then "
-        "decoded in every way on a clock that charges each forward pass a stated time, and `auto` the time it takes "
-        "itself. Times as fast as the best fixed length, which is known only afterwards; ± standard error over "
+        f"decoded in every way on a clock that charges each forward pass a stated time (times {times:.2f}, as this "
+        "machine is so much slower), and `auto` the time it takes itself. Times as fast as the best fixed length, "
+        "which is known only afterwards; ± standard error over "
         f"repetitions, each of which decodes other texts. **First**: {arguments.texts} texts, by a rule that has "
         f"decoded {WARM_UP} before. **Then**: as many others, by the same rule after those.",
         "",
@@ -289,11 +298,12 @@ def main(argv: list[str] | None = None) -> None:
             domain: record(export.model, step, prompts[domain], arguments.tokens, AdaptiveLength.LONGEST)
             for domain in progress.track(prompts, description="texts recorded")
         }
+        times = slowness(export.model, prompts["code"][0], arguments.tokens)
         for cached, batch, domain in progress.track(cases, description="ways replayed"):
             name = f"{domain}, {'with' if cached else 'without'} a cache, batch {batch}"
             of = records[domain]
-            rows.append(measure(name, of, Costs(cached), batch, arguments.texts, arguments.repetitions))
-    text = page(rows, arguments)
+            rows.append(measure(name, of, Costs(cached, times), batch, arguments.texts, arguments.repetitions))
+    text = page(rows, times, arguments)
     print(text)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -280,8 +280,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=144, help="new tokens of a text")
     parser.add_argument("--out", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    if arguments.repetitions < 2:
-        raise UserError(f"--repetitions {arguments.repetitions}: give at least 2, to tell how they differ")
+    for name, fewest in (("texts", 1), ("tokens", 2), ("repetitions", 2)):
+        if getattr(arguments, name) < fewest:
+            raise UserError(f"--{name} {getattr(arguments, name)}: give at least {fewest}")
     least = WARM_UP + 2 * arguments.texts
     if arguments.prompts < least:
         raise UserError(f"--prompts {arguments.prompts}: give at least {least}, {WARM_UP} more than twice --texts")

@@ -164,7 +164,9 @@ def test_auto_is_held_against_fixed_lengths_without_noise(folder, tmp_path, caps
         first, then = (float(cell.split("**")[1]) for cell in row[-3:-1])
         assert 0.3 < first < 2.0 and 0.3 < then < 2.0, row
     for bad, message in (
-        (["--repetitions", "1"], "at least 2"),
+        (["--repetitions", "1"], "--repetitions 1: give at least 2"),
+        (["--texts", "0"], "--texts 0: give at least 1"),
+        (["--tokens", "1"], "--tokens 1: give at least 2"),
         (["--prompts", "8"], "at least 12, 6 more than twice --texts"),
     ):
         with pytest.raises(UserError, match=message):

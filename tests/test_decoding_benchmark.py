@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 from pathlib import Path
 
@@ -148,6 +149,29 @@ def test_a_replay_accepts_what_the_model_would(folder):
         replayed = draft_length.Replay(of, draft_length.Costs(cached=True)).decode(list(range(6)), FixedLength(drafts))
         assert (replayed.cycles, replayed.drafted, replayed.accepted) == (real.cycles, real.drafted, real.accepted)
         assert 0 < real.accepted < real.drafted
+
+
+def test_no_text_of_a_repetition_is_decoded_twice_and_one_rule_decodes_all(monkeypatch):
+    tokens_XN = torch.arange(12 * 8).reshape(12, 8) % 30
+    of = draft_length.Record(tokens_XN, tokens_XN[..., None].repeat(1, 1, 16), torch.full((12, 8, 16), 0.5), 30)
+    decoded, decode_all = [], draft_length.decode_all
+
+    def decode(replay, numbers, batch, length):
+        decoded.append((numbers, length))
+        return decode_all(replay, numbers, batch, length)
+
+    monkeypatch.setattr(draft_length, "decode_all", decode)
+    row = draft_length.measure("a row", of, draft_length.Costs(cached=True), 2, 3, 2)
+    assert all(len(speed) == 2 for half in row.speeds.values() for speed in half.values())
+    every = [numbers for numbers, length in decoded if isinstance(length, draft_length.OnTheClock)]
+    rules = [length for _, length in decoded if isinstance(length, draft_length.OnTheClock)]
+    for first, repetition in ((0, every[:3]), (3, every[3:])):
+        assert [len(numbers) for numbers in repetition] == [6, 3, 3]
+        assert sorted(itertools.chain(*repetition)) == list(range(12))
+        assert rules[first] is rules[first + 1] is rules[first + 2]
+    assert rules[0] is not rules[3] and every[:3] != every[3:]
+    fixed = [numbers for numbers, length in decoded if isinstance(length, FixedLength)]
+    assert fixed[: 2 * len(draft_length.LENGTHS)] == every[1:3] * len(draft_length.LENGTHS)
 
 
 def test_auto_is_held_against_fixed_lengths_without_noise(folder, tmp_path, capsys):

@@ -216,9 +216,10 @@ def windows(tokens: list[int], length: int, most: int) -> list[list[int]]:
 def prompts_by_domain(
     export: Export, dataset: Dataset, count: int, length: int, most: int = 1
 ) -> dict[str, list[list[int]]]:
-    """`count` prompts of each domain, spread over the documents: the first `length` tokens of a text.
+    """`count` prompts of `length` tokens of each domain, spread over the documents.
 
-    And where more than one of a text are allowed, the windows after it. Raises UserError where there are too few.
+    Of a text the first tokens, and the next ones, as long as it gives no more than `most` prompts. Raises UserError
+    where there are too few.
     """
     split, decode = dataset.split("validation"), export.tokenizer.decode
     starts = [int(start) for start in split.document_starts]

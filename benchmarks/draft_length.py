@@ -254,8 +254,8 @@ def page(rows: list[Row], times: float, arguments: argparse.Namespace) -> str:
         "",
         "Greedy texts of the trained model, and what it would draft from each of their places, recorded once; then "
         f"decoded in every way on a clock that charges each forward pass a stated time (times {times:.2f}, as this "
-        "machine is so much slower), and `auto` the time it takes itself. Times as fast as the best fixed length, "
-        "which is known only afterwards; ± standard error over "
+        "machine takes so many times as long), and `auto` the time it takes itself. Times as fast as the best fixed "
+        "length, which is known only afterwards; ± standard error over "
         f"repetitions, each of which decodes other texts. **First**: {arguments.texts} texts, by a rule that has "
         f"decoded {WARM_UP} before. **Then**: as many others, by the same rule after those.",
         "",

@@ -40,7 +40,7 @@ class AdaptiveLength:
     A cycle's first token is the target's own and never refused, and best spent on one that is hard to foresee. So a
     cycle drafts LEAST, unless fewer in every cycle are as good: cut short, it leaves the next one's first token to what
     could be foreseen, and the texts of a batch fall out of step. And where it gains less than its own time to judge
-    each draft, LEAST are drafted without: `Coasting`.
+    each draft, LEAST are drafted without, unless one is better: `Coasting`.
 
     Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
     decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed
@@ -253,13 +253,13 @@ class AdaptiveLength:
         plain = texts * cycle.seconds / self._costs[0]
         self._coasting_of(texts).saw_judged(self._gained(cycle, self._fixed), cycle.value, plain)
 
-    def _gained(self, cycle: Cycle, least: int) -> float:
-        """How many tokens more a judged cycle gave than the least number of drafts would have in as much time."""
+    def _gained(self, cycle: Cycle, fixed: int) -> float:
+        """How many tokens more a judged cycle gave than this number of drafts, 1 or 2, would have in as much time."""
         steps, acceptance = cycle.steps, self._acceptance
-        gained = -self._rate * (self._costs[steps] - self._costs[least])
+        gained = -self._rate * (self._costs[steps] - self._costs[fixed])
         for stood, worth in zip(cycle.accepted, cycle.worth, strict=True):
-            gained += worth * max(stood - least, 0)
-            if stood == steps < least:  # it made fewer, and the next one would have stood by chance
+            gained += worth * max(stood - fixed, 0)
+            if stood == steps < fixed:  # it made fewer, and the next one would have stood by chance
                 gained -= worth * acceptance.at[steps]
         return gained
 

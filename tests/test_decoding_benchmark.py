@@ -139,6 +139,13 @@ def test_a_replayed_text_is_drafted_and_timed_as_recorded():
     assert draft_length.Costs(cached=False).read(8, 3, 100) > draft_length.Costs(cached=False).read(8, 3, 50)
 
 
+def test_stated_times_are_scaled_by_the_median_of_plain_texts(monkeypatch):
+    seconds = iter([9.0, 0.4, 0.5, 0.6, 0.1])
+    monkeypatch.setattr(draft_length, "generate_batch", lambda *_: ([], DecodingStatistics(seconds=next(seconds))))
+    stated = draft_length.Costs(cached=True).read(1, 1, 0)
+    assert draft_length.slowness(None, [1], 100) == pytest.approx(5.0 / stated)
+
+
 def test_a_replay_accepts_what_the_model_would(folder):
     export = load_export(folder)
     prompts = [[number + 5] * draft_length.PROMPT for number in range(6)]

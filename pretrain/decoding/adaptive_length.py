@@ -295,7 +295,8 @@ class AdaptiveLength:
         few = max(min(self._best, self.LEAST), 1)
         one, more = self._per_second(1), self._per_second(few)
         self._least = few if more > self.CLEARLY * one else 1
-        self._fixed = few if self.CLEARLY * more > one else 1  # judging is not left to chance where both are as good
+        # Where they are about as good, to coast with more shows as much as judging does, and takes no time.
+        self._fixed = few if self.CLEARLY * more > one else 1
         self._text_worth.shared = self._rest_seconds.shared(self._texts, self._best)
 
     def _per_second(self, drafts: int) -> float:

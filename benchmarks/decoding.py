@@ -4,9 +4,10 @@
 
 Prompts are code and prose (docstrings) of the validation documents of the export's data set. A round decodes its own in
 every way, one after the other, and backwards in every second round; ratios are formed within a round, their medians
-printed. No prompt is of two rounds: a length that is the best for eight texts is so by chance too. Every way decodes
-other texts once before it is timed, and `auto` three times: it learns, and what it learned serves every text after.
-Texts run to their full length, whatever is in them.
+printed, and of `auto` beside the best fixed length the mean with its standard error. No prompt is of two rounds: a
+length that is the best for a few texts is so by chance too. Every way decodes other texts once before it is timed, and
+`auto` three times: it learns, and what it learned serves every text after. Texts run to their full length, whatever is
+in them.
 
 With a KV cache is what a user feels. Without one, batch 1 and greedy, is the paper's definition of speed-up: neither
 side keeps keys and values, so a verification costs hardly more than a plain step. A cycle's first token is the target's
@@ -56,7 +57,8 @@ from pretrain.evals.subject import open_data, open_subject
 WAYS: tuple[int | str, ...] = (0, *range(1, 11), "auto")
 TINY = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 64, "vocabulary": 300, "dynamics_width": 32}
 PROMPT = 20
-TEXTS, FEWER_TEXTS = 8, 4  # of a round; fewer in slow rows
+TEXTS = {1: 4, 8: 8}  # of a round, by how many are decoded at a time
+FEWER_TEXTS = 2  # of a round, one at a time, where that is slow
 WARM_UP, LEARNS = 6, 3  # texts that are not timed, and how often auto decodes them
 
 
@@ -267,14 +269,21 @@ def run(export: Export, prompts: dict[str, list[list[int]]], arguments: argparse
 
         step = draft_with_latent_dynamics(export.model, export.dynamics)  # type: ignore[arg-type]  # checked in main
         for row in trained:
-            follow(row, export.model, step, TEXTS if row.cached or row.batch > 1 else FEWER_TEXTS)
+            follow(row, export.model, step, TEXTS[row.batch])
         shares = trained[0].total(10).acceptance_by_position
         prompts = prompts | {"simulated": [[token % 300 for token in prompt] for prompt in prompts["code"]]}
         model, dynamics = random_model(TINY if arguments.tiny else GPT2, PROMPT + tokens, export.model.device)
         for row in simulated:
             oracle = SetAcceptance(draft_with_latent_dynamics(model, dynamics), shares)
-            follow(row, model, oracle, TEXTS if row.batch > 1 else FEWER_TEXTS)
+            follow(row, model, oracle, TEXTS[row.batch] if row.batch > 1 else FEWER_TEXTS)
     return [*trained, *simulated]
+
+
+def check_counts(arguments: argparse.Namespace, **least: int) -> None:
+    """Raise UserError where an argument is less than its least."""
+    for name, number in least.items():
+        if getattr(arguments, name) < number:
+            raise UserError(f"--{name} {getattr(arguments, name)}: give at least {number}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -282,19 +291,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.decoding")
     parser.add_argument("--export", type=Path, default=Path("exports/quickstart"), help="a trained model with p_psi")
     parser.add_argument("--data", metavar="DIR", help="data set of the prompts; default: the one trained on")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=144, help="new tokens of a text; fewer in slow rows")
     parser.add_argument("--out", type=Path, metavar="FILE")
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny trunk in place of GPT-2's size: to see that it runs"
     )
     arguments = parser.parse_args(argv)
+    check_counts(arguments, rounds=1, tokens=2)
     subject = open_subject(arguments.export)
     export = subject.decoder()
     if export.dynamics is None or export.tokenizer is None:
         raise UserError(f"{arguments.export}: give an export that has a latent dynamics model (nextlat/)")
     length = min(PROMPT, export.model.config.max_position_embeddings - arguments.tokens)
-    prompts = prompts_by_domain(export, open_data(subject, arguments.data), WARM_UP + arguments.rounds * TEXTS, length)
+    count = WARM_UP + arguments.rounds * max(TEXTS.values())
+    prompts = prompts_by_domain(export, open_data(subject, arguments.data), count, length)
     on_cpu = export.model.device.type == "cpu"
     threads = torch.get_num_threads()
     if on_cpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,9 +47,9 @@ def head(rows: list[Row], export: Export, arguments: argparse.Namespace) -> list
         "",
         f"The trained model: {model.num_hidden_layers} layers, width {model.hidden_size}, V = {model.vocab_size:,}, "
         f"p_ψ's inner width {export.dynamics.input.out_features if export.dynamics else 0}. Its prompts are of code "
-        f"and prose (docstrings) from validation documents, 8 a round (4 in the slowest rows), {arguments.tokens} new "
-        "tokens, half as many without a cache. The other trunk has GPT-2's size (12 layers, width 768, V = 50,257; p_ψ "
-        f"2,448) and random weights, {rows[-1].tokens} new tokens: its "
+        f"and prose (docstrings) from validation documents, a round's 8 decoded together or 4 one by one, "
+        f"{arguments.tokens} new tokens, half as many without a cache. The other trunk has GPT-2's size (12 layers, "
+        f"width 768, V = 50,257; p_ψ 2,448) and random weights, {rows[-1].tokens} new tokens, 2 texts one by one: its "
         "draft steps are computed in full, and then draft the right token as often as the trained model's did at that "
         "position, on code. So its times are measured, its acceptance is set. Before it is timed, every way decodes "
         "other texts once, auto three times.",
@@ -63,8 +64,8 @@ def speeds(rows: list[Row]) -> list[str]:
         "",
         f"Medians of rounds ({len(rows[0].rounds[0])}), each of which decodes texts of its own in every way. **Best**: "
         "the fastest fixed length, none (1.00) included, known only afterwards. **auto ÷ best**: against the length "
-        "that was fastest for the other rounds' texts, as the fastest for a round's own is so by luck too; in brackets "
-        "the rounds' smallest and largest. Rows without a cache, batch 1, greedy, are the paper's definition of "
+        "that was fastest for the other rounds' texts, as the fastest for a round's own is so by luck too; geometric "
+        "mean of the rounds ± its standard error. Rows without a cache, batch 1, greedy, are the paper's definition of "
         "speed-up, where its draft length is our k + 1; rows with one are what a user feels.",
         "",
         f"| trunk | text | T | cache | batch | tokens/s | {' | '.join(map(str, LENGTHS))} | auto | auto ÷ best |",
@@ -72,12 +73,11 @@ def speeds(rows: list[Row]) -> list[str]:
     ]
     for row in rows:
         best = max((0, *LENGTHS), key=row.speed_up)
-        against = auto_against_best(row)
         cells = [f"**{row.speed_up(k):.2f}**" if k == best else f"{row.speed_up(k):.2f}" for k in LENGTHS]
         plain = statistics.median(one.tokens_per_second for one in row.rounds[0])
         lines.append(
             f"| {named(row)} | {plain:,.0f} | {' | '.join(cells)} | {row.speed_up('auto'):.2f} "
-            f"| {statistics.median(against):.2f} ({min(against):.2f}–{max(against):.2f}) |"
+            "| {:.2f} ± {:.2f} |".format(*geometric_mean(auto_against_best(row)))
         )
     return [*lines, ""]
 
@@ -91,6 +91,13 @@ def auto_against_best(row: Row) -> list[float]:
         return max(others, key=lambda way: statistics.median(others[way]))
 
     return [auto / speeds[best_but_for(number)][number] for number, auto in enumerate(row.ratios("auto"))]
+
+
+def geometric_mean(ratios: list[float]) -> tuple[float, float]:
+    """Of at least one ratio; and its standard error, which is not a number where there is but one."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = math.exp(statistics.fmean(logs))
+    return mean, mean * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
 
 
 def named(row: Row) -> str:

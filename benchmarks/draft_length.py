@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks.decoding import PROMPT, prompts_by_domain
+from benchmarks.decoding import PROMPT, check_counts, prompts_by_domain
+from benchmarks.decoding_page import geometric_mean
 from data_pipeline import UserError, run_command
 from pretrain.decoding import (
     AdaptiveLength,
@@ -207,8 +208,7 @@ class Row:
         """How many times as fast as the best fixed length in these halves, and its standard error."""
         pairs = [zip(self.speeds[half][way], self.speeds[half][self.best], strict=True) for half in halves]
         differences = [statistics.fmean(mine - best for mine, best in both) for both in zip(*pairs, strict=True)]
-        ratio = math.exp(statistics.fmean(differences))
-        return ratio, ratio * statistics.stdev(differences) / math.sqrt(len(differences))
+        return geometric_mean([math.exp(difference) for difference in differences])
 
 
 def measure(name: str, of: Record, costs: Costs, batch: int, texts: int, repetitions: int) -> Row:
@@ -280,9 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=144, help="new tokens of a text")
     parser.add_argument("--out", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    for name, fewest in (("texts", 1), ("tokens", 2), ("repetitions", 2)):
-        if getattr(arguments, name) < fewest:
-            raise UserError(f"--{name} {getattr(arguments, name)}: give at least {fewest}")
+    check_counts(arguments, texts=1, tokens=2, repetitions=2)
     least = WARM_UP + 2 * arguments.texts
     if arguments.prompts < least:
         raise UserError(f"--prompts {arguments.prompts}: give at least {least}, {WARM_UP} more than twice --texts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import decoding, draft_length
-from benchmarks.decoding_page import auto_against_best
+from benchmarks.decoding_page import auto_against_best, geometric_mean
 from data_pipeline import UserError, open_dataset
 from pretrain.decoding import DecodingStatistics, FixedLength, draft_with_latent_dynamics, generate_batch, load_export
 from pretrain.export import export
@@ -73,6 +74,18 @@ def test_the_fixed_length_that_auto_is_held_against_is_the_other_rounds_fastest(
         row.rounds[way] = [statistics(speed) for speed in speeds]
     # In the first round the others' fastest is 5, in the later ones 2 and 5 are equal in median, and 2 comes first.
     assert auto_against_best(row) == pytest.approx([2.0 / 1.0, 3.0 / 2.0, 4.0 / 2.0])
+
+
+def test_a_ratio_comes_with_its_standard_error_over_rounds():
+    mean, error = geometric_mean([1.0, 4.0, 2.0])
+    assert mean == pytest.approx(2.0) and error == pytest.approx(2.0 * math.log(2.0) / math.sqrt(3.0))
+    assert geometric_mean([1.25]) == pytest.approx((1.25, math.nan), nan_ok=True)
+
+
+def test_too_few_rounds_or_tokens_are_one_line(folder):
+    for bad, message in ((["--rounds", "0"], "--rounds 0: give at least 1"), (["--tokens", "1"], "at least 2")):
+        with pytest.raises(UserError, match=message):
+            decoding.main(["--export", str(folder), *bad])
 
 
 def test_decoding_without_a_cache_gives_the_same_texts(folder):

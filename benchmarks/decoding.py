@@ -56,7 +56,7 @@ from pretrain.evals.subject import open_data, open_subject
 
 WAYS: tuple[int | str, ...] = (0, *range(1, 11), "auto")
 TINY = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 64, "vocabulary": 300, "dynamics_width": 32}
-PROMPT = 20
+PROMPT, WINDOWS = 20, 4  # tokens of a prompt; and prompts of one text, at most
 TEXTS = {1: 4, 8: 8}  # of a round, by how many are decoded at a time
 FEWER_TEXTS = 2  # of a round, one at a time, where that is slow
 WARM_UP, LEARNS = 6, 3  # texts that are not timed, and how often auto decodes them
@@ -215,13 +215,10 @@ def windows(tokens: list[int], length: int, most: int) -> list[list[int]]:
     return [tokens[end - length : end] for end in ends]
 
 
-def prompts_by_domain(
-    export: Export, dataset: Dataset, count: int, length: int, most: int = 1
-) -> dict[str, list[list[int]]]:
+def prompts_by_domain(export: Export, dataset: Dataset, count: int, length: int) -> dict[str, list[list[int]]]:
     """`count` prompts of `length` tokens of each domain, spread over the documents.
 
-    Of a text the first tokens, and the next ones, as long as it gives no more than `most` prompts. Raises UserError
-    where there are too few.
+    Of a text the first tokens, the next ones, and so on. Raises UserError where there are too few.
     """
     split, decode = dataset.split("validation"), export.tokenizer.decode
     starts = [int(start) for start in split.document_starts]
@@ -229,7 +226,7 @@ def prompts_by_domain(
     for start, stop in zip(starts, [*starts[1:], split.tokens], strict=True):
         for domain, text in texts_of_a_document(decode(split.read(start, stop).tolist(), skip_special_tokens=True)):
             tokens = export.tokenizer(text, verbose=False)["input_ids"]
-            found[domain] += windows(tokens, length, most)
+            found[domain] += windows(tokens, length, WINDOWS)
     for domain, prompts in found.items():
         if len(prompts) < count:
             raise UserError(

@@ -43,7 +43,6 @@ from pretrain.evals.subject import open_data, open_subject
 
 LENGTHS = (*range(1, 9), 10)
 WARM_UP = 6  # texts that auto decodes before it counts
-WINDOWS = 4  # prompts of one text, at most
 HALVES = ("first", "then")
 
 
@@ -288,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     export = subject.decoder()
     if export.dynamics is None or export.tokenizer is None:
         raise UserError(f"{arguments.export}: give an export that has a latent dynamics model (nextlat/)")
-    prompts = prompts_by_domain(export, open_data(subject, arguments.data), arguments.prompts, PROMPT, WINDOWS)
+    prompts = prompts_by_domain(export, open_data(subject, arguments.data), arguments.prompts, PROMPT)
     cases = [(cached, batch, domain) for cached in (True, False) for batch in (1, 8) for domain in prompts]
     step = draft_with_latent_dynamics(export.model, export.dynamics)
     rows = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import statistics
 from collections.abc import Callable
 from time import perf_counter
@@ -40,7 +42,7 @@ class AdaptiveLength:
     A cycle's first token is the target's own and never refused, and best spent on one that is hard to foresee. So a
     cycle drafts LEAST, unless fewer in every cycle are as good: cut short, it leaves the next one's first token to what
     could be foreseen, and the texts of a batch fall out of step. And where it gains less than its own time to judge
-    each draft, LEAST are drafted without, unless one is better: `Coasting`.
+    each draft, LEAST are drafted without; of one text another number, where that is clearly better: `Coasting`.
 
     Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
     decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed
@@ -240,8 +242,8 @@ class AdaptiveLength:
         self._own = 0.0
         if coasted.number:
             self._work += coasted.number - len(self._seen)
-            value, plain = coasted.value(self._worth), texts * coasted.seconds / self._costs[0]
-            coasting = self._coasting_of(texts)
+            value, plain = coasted.value(self._worth), self._texts * coasted.seconds / self._costs[0]
+            coasting = self._coasting_of(self._texts)
             if self._foregone:
                 coasting.expects(coasted.number * statistics.fmean(self._foregone), value)
             coasting.saw_coasted(coasted.number, value, plain)
@@ -254,13 +256,13 @@ class AdaptiveLength:
         self._coasting_of(texts).saw_judged(self._gained(cycle, self._fixed), cycle.value, plain)
 
     def _gained(self, cycle: Cycle, fixed: int) -> float:
-        """How many tokens more a judged cycle gave than this number of drafts, 1 or 2, would have in as much time."""
-        steps, acceptance = cycle.steps, self._acceptance
+        """How many tokens more a judged cycle gave than this number of drafts would have in as much time."""
+        steps = cycle.steps
         gained = -self._rate * (self._costs[steps] - self._costs[fixed])
+        # Where it made fewer, and all stood, the next ones would have by chance.
+        missed = sum(itertools.accumulate(self._acceptance.at[steps:fixed], operator.mul))
         for stood, worth in zip(cycle.accepted, cycle.worth, strict=True):
-            gained += worth * max(stood - fixed, 0)
-            if stood == steps < fixed:  # it made fewer, and the next one would have stood by chance
-                gained -= worth * acceptance.at[steps]
+            gained += worth * (max(stood - fixed, 0) - missed * (stood == steps))
         return gained
 
     def _compare(self, cycle: Cycle) -> None:
@@ -297,6 +299,10 @@ class AdaptiveLength:
         self._least = few if more > self.CLEARLY * one else 1
         # Where they are about as good, to coast with more shows as much as judging does, and takes no time.
         self._fixed = few if self.CLEARLY * more > one else 1
+        coasting = self._coasting_of(self._texts)
+        coasting.saw_best(self._per_second(self._best) / self._per_second(self._fixed))
+        if self._texts == 1 and not coasting.is_nearly_best:  # a batch's best changes with which of its texts lag
+            self._fixed = max(self._best, 1)
         self._text_worth.shared = self._rest_seconds.shared(self._texts, self._best)
 
     def _per_second(self, drafts: int) -> float:
@@ -351,9 +357,9 @@ class AdaptiveLength:
         if not own.knows and self._cycles < self._shrank + self.TAIL:
             larger = (n for n in sorted(self._coasting) if self._size(self._texts) < n <= self._size(self._batch))
             decides = next((self._coasting[n] for n in larger if self._coasting[n].knows), own)
-        own.saw_best(self._per_second(self._best) / self._per_second(self._fixed))
         # Not with one draft: where that is thought best by mistake, no cycle shows what a second one would give.
-        self._coasts = self._planned is None and self._fixed > 1 and decides.coasts and decides.is_nearly_best
+        may = self._fixed > 1 and (decides.is_nearly_best or (self._texts == 1 and decides is own))
+        self._coasts = self._planned is None and may and decides.coasts
         if self._coasts:
             self._planned, self._block_left = self._fixed, own.left if decides is own else Coasting.BLOCK
 

@@ -6,12 +6,12 @@ import math
 
 
 class Coasting:
-    """Where more drafts than the least number hardly ever pay, that many are drafted and none is judged: it coasts.
+    """Where no other number of drafts pays often enough, always as many are drafted and none is judged: it coasts.
 
     For one number of texts. Cycles come in blocks, judged or coasting. What is known to be better goes on, and the
     other is tried for two blocks now and then, the more seldom the more it would lose: for LOSS of the time.
 
-    What coasting is worth is first reckoned: what the judged cycles gained over the least number is known from
+    What coasting is worth is first reckoned: what the judged cycles gained over the fixed number is known from
     themselves, or expected of those that coast (`expects`), and what judging costs from its own seconds. But that sees
     one cycle at a time, and not what a cycle leaves to the next. So what a block achieved is compared with the one
     before it, of the other kind, and tells how far that reckoning is off (a Kalman filter).
@@ -29,7 +29,7 @@ class Coasting:
     OUT_OF_STEP = 0.03  # share of the tokens that a large batch loses, it is thought, as judging brings it out of step
     VARIANCE = 0.8  # of a block's tokens over their mean, times its cycles and texts, as long as few were seen:
     BLOCKS = 4.0  # worth so many differences of two blocks of a kind
-    NEARLY = 1.04  # times as fast: another fixed number that is thought to be better by more, and it does not coast
+    NEARLY = 1.04  # times as fast: another fixed number must be thought to be better by more, to count
     BEST_FADING = 0.9  # of how much better that was thought to be, with each time of it
 
     def __init__(self, texts: int) -> None:
@@ -90,7 +90,7 @@ class Coasting:
     def saw_judged(self, gained: float, tokens: float, plain: float) -> None:
         """A judged cycle.
 
-        gained: how many tokens more than the least number of drafts would have given in as much time. plain: tokens
+        gained: how many tokens more than the fixed number of drafts would have given in as much time. plain: tokens
         that plain decoding would have.
         """
         self._tokens += tokens

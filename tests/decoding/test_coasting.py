@@ -66,19 +66,22 @@ def test_drafts_the_least_number_unjudged_where_judging_gains_nothing():
     assert coasting._gained < 0.03 * coasting._tokens
 
 
-@pytest.mark.parametrize(("step", "coasts"), [(0.5, True), (0.02, False)])
-def test_coasts_only_where_no_other_fixed_number_is_much_better(step, coasts):
-    _, rule = decode((0.75, 0.75), 300, judging=0.05)
+@pytest.mark.parametrize(
+    ("texts", "step", "coasts"), [(1, 0.5, True), (1, 0.02, True), (8, 0.5, True), (8, 0.02, False)]
+)
+def test_coasts_with_another_number_where_that_is_much_better_but_not_a_batch(texts, step, coasts):
+    _, rule = decode((0.75, 0.75), 300, judging=0.05, texts=texts)
     rule._rest_seconds = Seconds()
     for drafts in [*range(AdaptiveLength.LONGEST + 1)] * Seconds.KEPT:
-        rule._rest_seconds.add(1, drafts, 1.0 + max(drafts - AdaptiveLength.LEAST, 0) * step)
-    rule._estimate()
-    assert (rule._best == AdaptiveLength.LEAST) == coasts
-    rule._coasting_of(1).coasts = True
+        rule._rest_seconds.add(texts, drafts, 1.0 + max(drafts - AdaptiveLength.LEAST, 0) * step)
     for _ in range(30):
-        rule._planned = None
-        rule._coast()
+        rule._estimate()
+    assert (rule._best == AdaptiveLength.LEAST) == (step == 0.5)
+    rule._coasting_of(texts).coasts = True
+    rule._planned = None
+    rule._coast()
     assert rule._coasts == coasts
+    assert rule._planned == (rule._best if coasts else None)
 
 
 def test_looks_at_plain_decoding_while_it_coasts():

@@ -9,6 +9,7 @@ import torch
 
 from pretrain.decoding import AdaptiveLength
 from pretrain.decoding.coasting import Coasting
+from pretrain.decoding.cycle import Cycle
 from pretrain.decoding.seconds import Seconds
 
 SURE, UNSURE = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.0, 0.0]])
@@ -64,6 +65,27 @@ def test_drafts_the_least_number_unjudged_where_judging_gains_nothing():
     coasting = rule._coasting[0]
     assert coasting.cost == pytest.approx(0.05 / (1.15 + 0.05), rel=0.2)
     assert coasting._gained < 0.03 * coasting._tokens
+
+
+@pytest.mark.parametrize(("stands", "drafts"), [(0.9, 5), (0.95, 8)])
+def test_coasts_with_as_many_as_fill_the_best_number_of_blocks(stands, drafts):
+    seen, _ = decode((stands, stands), 1000, judging=0.05)
+    assert share_judged(seen[300:]) < 0.35
+    assert {drafted for drafted, judged in seen[300:] if not judged} == {drafts}
+
+
+def test_what_a_judged_cycle_gained_over_a_fixed_number():
+    """What it gave more, and what its time was worth; where it stopped early, less what would have stood by chance."""
+    _, rule = decode((0.9, 0.9), 300, judging=0.05)
+    chances, costs = rule._acceptance.at, rule._costs
+
+    def gained(accepted, steps):
+        cycle = Cycle([accepted], [steps], steps, 0.1, 1.0, 1, True, False, [2.0], [], [])
+        return rule._gained(cycle, 4) + rule._rate * (costs[steps] - costs[4])
+
+    assert gained(7, 8) == pytest.approx(2.0 * 3)
+    assert gained(4, 8) == gained(1, 8) == gained(1, 2) == pytest.approx(0.0)
+    assert gained(2, 2) == pytest.approx(-2.0 * (chances[2] + chances[2] * chances[3]))
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,8 @@ class AdaptiveLength:
         self._foregone: list[float] = []  # see `_gain`, of the cycles that coasted and were observed
         # What is expected of a cycle: see `_estimate`.
         self._estimated_for, self._best, self._rate = 0, 0, 0.0
-        self._least = self._fixed = 1  # drafts of a judged cycle, at least; and of one that coasts
+        self._least = 1  # drafts of a judged cycle, at least
+        self._few = self._fixed = 1  # of one that coasts, if none is much better; and whether or not one is
         self._achieved = [0.0, 0.0]  # tokens of the last cycles with drafts, and those that were expected of them
         self._expected: list[float] = []
         self._costs: list[float] = []
@@ -298,11 +299,7 @@ class AdaptiveLength:
         one, more = self._per_second(1), self._per_second(few)
         self._least = few if more > self.CLEARLY * one else 1
         # Where they are about as good, to coast with more shows as much as judging does, and takes no time.
-        self._fixed = few if self.CLEARLY * more > one else 1
-        coasting = self._coasting_of(self._texts)
-        coasting.saw_best(self._per_second(self._best) / self._per_second(self._fixed))
-        if self._texts == 1 and not coasting.is_nearly_best:  # a batch's best changes with which of its texts lag
-            self._fixed = max(self._best, 1)
+        self._few = few if self.CLEARLY * more > one else 1
         self._text_worth.shared = self._rest_seconds.shared(self._texts, self._best)
 
     def _per_second(self, drafts: int) -> float:
@@ -357,6 +354,9 @@ class AdaptiveLength:
         if not own.knows and self._cycles < self._shrank + self.TAIL:
             larger = (n for n in sorted(self._coasting) if self._size(self._texts) < n <= self._size(self._batch))
             decides = next((self._coasting[n] for n in larger if self._coasting[n].knows), own)
+        own.saw_best(self._per_second(self._best) / self._per_second(self._few))
+        # A batch's best number changes with which of its texts lag.
+        self._fixed = max(self._best, 1) if self._texts == 1 and not own.is_nearly_best else self._few
         # Not with one draft: where that is thought best by mistake, no cycle shows what a second one would give.
         may = self._fixed > 1 and (decides.is_nearly_best or (self._texts == 1 and decides is own))
         self._coasts = self._planned is None and may and decides.coasts

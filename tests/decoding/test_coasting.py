@@ -96,12 +96,12 @@ def test_coasts_with_another_number_where_that_is_much_better_but_not_a_batch(te
     rule._rest_seconds = Seconds()
     for drafts in [*range(AdaptiveLength.LONGEST + 1)] * Seconds.KEPT:
         rule._rest_seconds.add(texts, drafts, 1.0 + max(drafts - AdaptiveLength.LEAST, 0) * step)
-    for _ in range(30):
-        rule._estimate()
+    rule._estimate()
     assert (rule._best == AdaptiveLength.LEAST) == (step == 0.5)
     rule._coasting_of(texts).coasts = True
-    rule._planned = None
-    rule._coast()
+    for _ in range(30):
+        rule._planned = None
+        rule._coast()
     assert rule._coasts == coasts
     assert rule._planned == (rule._best if coasts else None)
 

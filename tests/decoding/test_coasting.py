@@ -104,6 +104,7 @@ def test_coasts_with_another_number_where_that_is_much_better_but_not_a_batch(te
         rule._coast()
     assert rule._coasts == coasts
     assert rule._planned == (rule._best if coasts else None)
+    assert rule._fixed == (rule._best if texts == 1 else AdaptiveLength.LEAST)  # which judging is held against
 
 
 def test_looks_at_plain_decoding_while_it_coasts():

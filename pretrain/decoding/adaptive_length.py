@@ -355,10 +355,10 @@ class AdaptiveLength:
             larger = (n for n in sorted(self._coasting) if self._size(self._texts) < n <= self._size(self._batch))
             decides = next((self._coasting[n] for n in larger if self._coasting[n].knows), own)
         own.saw_best(self._per_second(self._best) / self._per_second(self._few))
-        # A batch's best number changes with which of its texts lag.
-        self._fixed = max(self._best, 1) if self._texts == 1 and not own.is_nearly_best else self._few
+        alone = self._texts == 1 and decides is own  # a batch's best number changes with which of its texts lag
+        self._fixed = max(self._best, 1) if alone and not own.is_nearly_best else self._few
         # Not with one draft: where that is thought best by mistake, no cycle shows what a second one would give.
-        may = self._fixed > 1 and (decides.is_nearly_best or (self._texts == 1 and decides is own))
+        may = self._fixed > 1 and (alone or decides.is_nearly_best)
         self._coasts = self._planned is None and may and decides.coasts
         if self._coasts:
             self._planned, self._block_left = self._fixed, own.left if decides is own else Coasting.BLOCK

@@ -153,6 +153,16 @@ def test_the_last_texts_of_a_batch_coast_where_it_did():
     assert share_judged(others) == 1.0
 
 
+def test_the_last_text_of_a_batch_coasts_with_as_many_as_the_batch_did():
+    """More would be better for it, but it has not found out yet."""
+    _, rule = decode((0.75, 0.75), 600, judging=0.05, texts=8)
+    rule._coasting[3].coasts = True
+    rule._coasting_of(1)._better = 1.0
+    tail, _ = decode((0.99, 0.99), AdaptiveLength.TAIL, judging=0.05, rule=rule, texts=1)
+    assert rule._best > AdaptiveLength.LEAST
+    assert {drafted for drafted, judged in tail if not judged} == {AdaptiveLength.LEAST}
+
+
 def test_gives_up_what_pays_no_more_while_it_coasts():
     for seed in range(4):
         before, rule = decode((0.75, 0.75), 500, judging=0.05, seed=seed)

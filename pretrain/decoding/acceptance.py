@@ -4,26 +4,57 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import OrderedDict
 
 from pretrain.decoding.cycle import Cycle
 
 
+class History:
+    """What stood lately of drafts of a kind: made after a token, of a token, of one after another."""
+
+    FADING = 0.9  # of a kind's counts, with each draft of it
+    WEIGHT = 4.0  # of its own drafts that the acceptance of all is worth, where the kind was seen before
+    MOST = 2**16  # kinds; those seen last
+
+    def __init__(self) -> None:
+        self._counts: OrderedDict[int | tuple[int, int], tuple[float, float]] = OrderedDict()  # accepted and seen
+
+    def count(self, kind: int | tuple[int, int], stands: bool) -> None:
+        """A draft of this kind was compared."""
+        stood, seen = self._counts.get(kind, (0.0, 0.0))
+        self._counts[kind] = stood * self.FADING + stands, seen * self.FADING + 1.0
+        self._counts.move_to_end(kind)
+        if len(self._counts) > self.MOST:
+            self._counts.popitem(last=False)
+
+    def of(self, kind: int | tuple[int, int], chance: float) -> float:
+        """That one of this kind stands, where `chance` is what is expected of any."""
+        counts = self._counts.get(kind)
+        if counts is None:
+            return chance
+        return (counts[0] + chance * self.WEIGHT) / (counts[1] + self.WEIGHT)
+
+
 class Acceptance:
-    """By position, by confidence, and by the token drafted after.
+    """By position, by confidence, and by token: the one a draft is made after, the draft's own, and both.
+
+    Its own token is not known before it is drawn, but then tells the most, the two together more than either: so what
+    is yet to be drafted is judged by the token before it, and what is drafted by its own.
 
     Confidence is the draft distribution's largest probability, in ten bins. The deeper a draft, the less it tells: each
     depth, of two positions, has its own bins. It takes a pass over the vocabulary, and of some models it tells nothing
-    that the token does not, as what follows some tokens is never foreseen: so it is asked whether it `foretells`.
+    that the tokens do not, as what follows some tokens is never foreseen. Where drafts are sampled tokens may tell
+    nothing either, and to go by what is chance makes it worse. So it is asked of both what they foretold.
     """
 
     FADING, FADE_EVERY = 0.96, 4  # of counts, in as many cycles of theirs: what was given up is tried again some time
     HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
+    KNOWN = 8.0  # cycles of all texts that compared drafts at a position, lately, to rely on them
     BINS, DEPTHS = 10, 4
     DEEPER = 3.0  # observations that those at the depth before are worth
-    TOKEN_FADING = 0.9  # of a token's counts, with each draft made after it
-    TOKEN_WEIGHT = 4.0  # of its own drafts that the acceptance of all is worth, where a token was seen before
-    TOKEN_GAIN = 2.0  # times that acceptance are the most its own may be: a position where none stands is no token's
-    FORETELLS = 0.02  # nats that confidence must tell of a draft, on average, more than position and token do
+    FORETELLS = 0.02  # nats that confidence must tell of a draft, on average, more than position and tokens do
+    TOKEN_GAIN = 2.0  # times the acceptance of all are the most a token's may be: it may be the position's that none is
+    TOKENS_FORETELL = 0.01  # nats that tokens must tell of it more than its position does
     FORETOLD_FADING, FORETOLD_HOPE = 0.995, 0.05  # of those nats, with each draft; what is hoped of them at first
 
     def __init__(self, longest: int) -> None:
@@ -31,9 +62,9 @@ class Acceptance:
         self._by_position = [[0.0, 0.0] for _ in range(longest)]
         self._by_confidence = [[[0.0, 0.0] for _ in range(self.BINS)] for _ in range(self.DEPTHS)]
         self._by_depth = [[0.0, 0.0] for _ in range(self.DEPTHS)]
-        self._by_token: dict[int, list[float]] = {}
+        self._after, self._by_token, self._by_pair = History(), History(), History()
         self._cycles = self._confident_cycles = 0
-        self._foretold = self.FORETOLD_HOPE
+        self._foretold = self._foretold_by_tokens = self.FORETOLD_HOPE
         # See `estimate`.
         self.at = [self.HOPE] * longest
         self._confident = [[self.HOPE] * self.BINS] * self.DEPTHS
@@ -41,7 +72,7 @@ class Acceptance:
 
     @property
     def foretells(self) -> bool:
-        """Does confidence tell more of a draft than its position and token do?"""
+        """Does confidence tell more of a draft than its position and tokens do?"""
         return self._foretold > self.FORETELLS
 
     def bin_of(self, confidence: float) -> int:
@@ -57,16 +88,10 @@ class Acceptance:
                 stands = position < stood
                 self._by_position[position][0] += worth * stands
                 self._by_position[position][1] += worth
-                if not cycle.tokens:
-                    continue
-                token, depth = cycle.tokens[position][text], self._depth(position)
-                if cycle.bins:
-                    self._count_confident(depth, token, cycle.bins[position][text], stands)
-                self._by_depth[depth][0] += stands
-                self._by_depth[depth][1] += 1
-                counts = self._by_token.setdefault(token, [0.0, 0.0])
-                counts[0] = counts[0] * self.TOKEN_FADING + stands
-                counts[1] = counts[1] * self.TOKEN_FADING + 1
+                if position + 1 < len(cycle.tokens):
+                    before, token = cycle.tokens[position][text], cycle.tokens[position + 1][text]
+                    bin_ = cycle.bins[position][text] if cycle.bins else None
+                    self._count_observed(self._depth(position), before, token, bin_, stands)
 
     def _fade(self, cycle: Cycle) -> None:
         self._cycles += 1
@@ -83,15 +108,30 @@ class Acceptance:
             counts[0] *= self.FADING
             counts[1] *= self.FADING
 
-    def _count_confident(self, depth: int, token: int, bin_: int, stands: bool) -> None:
-        with_it, without = self.after(token, self._confident[depth][bin_]), self.after(token, self._any[depth])
+    def _count_observed(self, depth: int, before: int, token: int, bin_: int | None, stands: bool) -> None:
+        chance = self._any[depth]
+        by_tokens = self._by_both(before, token, chance)
+        self._foretold_by_tokens = self._fade_in(self._foretold_by_tokens, by_tokens, chance, stands)
+        if bin_ is not None:
+            # Beside what the tokens tell, where they tell anything.
+            known = by_tokens if self._tokens_foretell else chance
+            confident = self._of_draft(before, token, self._confident[depth][bin_])
+            self._foretold = self._fade_in(self._foretold, confident, known, stands)
+            counts = self._by_confidence[depth][bin_]
+            counts[0] += stands
+            counts[1] += 1
+        self._by_depth[depth][0] += stands
+        self._by_depth[depth][1] += 1
+        self._after.count(before, stands)
+        self._by_token.count(token, stands)
+        self._by_pair.count((before, token), stands)
+
+    def _fade_in(self, foretold: float, informed: float, simple: float, stands: bool) -> float:
+        """The nats foretold, with those that a chance better informed than another told of one more draft."""
         if not stands:
-            with_it, without = 1.0 - with_it, 1.0 - without
-        told = math.log(max(with_it, 0.01) / max(without, 0.01))
-        self._foretold += (1.0 - self.FORETOLD_FADING) * (told - self._foretold)
-        counts = self._by_confidence[depth][bin_]
-        counts[0] += stands
-        counts[1] += 1
+            informed, simple = 1.0 - informed, 1.0 - simple
+        told = math.log(max(informed, 0.01) / max(simple, 0.01))
+        return told + self.FORETOLD_FADING * (foretold - told)
 
     def estimate(self) -> None:
         """`at`: of each position, the chance that a draft stands where those before it do."""
@@ -113,19 +153,31 @@ class Acceptance:
         """Were drafts compared there lately?"""
         return self._by_position[position][1] > 0.5
 
-    def after(self, token: int, chance: float) -> float:
-        """Of drafts made after this token, where `chance` is what is expected of any."""
-        stood, seen = self._by_token.get(token, (0.0, 0.0))
-        own = (stood + chance * self.TOKEN_WEIGHT) / (seen + self.TOKEN_WEIGHT)
-        return min(own, self.TOKEN_GAIN * chance)
+    def knows(self, position: int, texts: int) -> bool:
+        """Were enough compared there lately? What was given up is hoped to be better than it was, to be tried again."""
+        seen = self._by_position[position][1] if position < len(self._by_position) else 0.0
+        return seen >= self.KNOWN * (texts + 1)
 
-    def of_drafts(self, position: int, tokens: list[int], bins: list[int] | None) -> list[float]:
-        """Of drafts at a position, each made after its token, with confidence in its bin, if that is known."""
-        if bins is None:
-            chance = self._any[self._depth(position)]
-            return [self.after(token, chance) for token in tokens]
-        confident = self._confident[self._depth(position)]
-        return [self.after(token, confident[b]) for token, b in zip(tokens, bins, strict=True)]
+    def after(self, token: int, chance: float) -> float:
+        """Of drafts yet to be made after this token, where `chance` is what is expected of any."""
+        return min(self._after.of(token, chance), self.TOKEN_GAIN * chance) if self._tokens_foretell else chance
+
+    def of_drafts(self, position: int, before: list[int], tokens: list[int], bins: list[int] | None) -> list[float]:
+        """Of drafts made at a position, each of its token after another, with confidence in its bin, if known."""
+        depth = self._depth(position)
+        chances = [self._any[depth]] * len(tokens) if bins is None else [self._confident[depth][bin_] for bin_ in bins]
+        return [self._of_draft(*each) for each in zip(before, tokens, chances, strict=True)]
+
+    @property
+    def _tokens_foretell(self) -> bool:
+        return self._foretold_by_tokens > self.TOKENS_FORETELL
+
+    def _of_draft(self, before: int, token: int, chance: float) -> float:
+        return self._by_both(before, token, chance) if self._tokens_foretell else chance
+
+    def _by_both(self, before: int, token: int, chance: float) -> float:
+        own = self._by_pair.of((before, token), self._by_token.of(token, chance))
+        return min(own, self.TOKEN_GAIN * chance)
 
     def _depth(self, position: int) -> int:
         return min(position // 2, self.DEPTHS - 1)

@@ -157,7 +157,9 @@ class AdaptiveLength:
             # Of a batch only judged cycles are trusted: what it would gain it loses as its texts fall out of step.
             if len(tokens) == 1 and drafted == self._planned < self._longest:
                 self._foregone.append(self._gain(drafted, left))
-            return drafted < self._planned
+            # Where it coasts with one draft, those cycles that are observed show what a second one gives.
+            shown = min(self.LEAST, self._longest) if self._coasts else 0
+            return drafted < max(self._planned, shown)
         return drafted < self._least or (drafted < self._longest and self._pays(drafted, left))
 
     def _begin_cycle(self, left: list[int], longest: int) -> None:
@@ -171,7 +173,8 @@ class AdaptiveLength:
             self._shrank = self._cycles
         if self._estimated_for and (others or self._estimated_for != texts):
             self._begin_with(left)
-        samples = (self._coasted.number if self._coasts else self._cycles) % (self.SAMPLE_EVERY * texts) == 0
+        every = self.SAMPLE_EVERY * (texts if self._acceptance.knows(self.LEAST - 1, texts) else 1)
+        samples = (self._coasted.number if self._coasts else self._cycles) % every == 0
         self._observes = self._planned is None or (self._coasts and samples)
         self._asks = self._observes and (samples or self._acceptance.foretells)
         if self._coasts and not self._observes:
@@ -295,7 +298,7 @@ class AdaptiveLength:
         achieved, expected = self._achieved
         trusted = self.TRUST * self._expected[self._best]
         self._rate *= (achieved + trusted) / (expected + trusted)
-        few = max(min(self._best, self.LEAST), 1)
+        few = min(self.LEAST, self._longest)
         one, more = self._per_second(1), self._per_second(few)
         self._least = few if more > self.CLEARLY * one else 1
         # Where they are about as good, to coast with more shows as much as judging does, and takes no time.
@@ -357,8 +360,8 @@ class AdaptiveLength:
         own.saw_best(self._per_second(self._best) / self._per_second(self._few))
         alone = self._texts == 1 and decides is own  # a batch's best number changes with which of its texts lag
         self._fixed = max(self._best, 1) if alone and not own.is_nearly_best else self._few
-        # Not with one draft: where that is thought best by mistake, no cycle shows what a second one would give.
-        may = self._fixed > 1 and (alone or decides.is_nearly_best)
+        known = self._fixed == 1 or self._acceptance.knows(self.LEAST - 1, self._texts)
+        may = known and (alone or decides.is_nearly_best)
         self._coasts = self._planned is None and may and decides.coasts
         if self._coasts:
             self._planned, self._block_left = self._fixed, own.left if decides is own else Coasting.BLOCK
@@ -393,7 +396,7 @@ class AdaptiveLength:
         acceptance = self._acceptance
         for position in range(self._followed, drafted):
             bins = self._bins[position] if self._asks else None
-            chances = acceptance.of_drafts(position, self._tokens[position], bins)
+            chances = acceptance.of_drafts(position, self._tokens[position], self._tokens[position + 1], bins)
             self._alive = [s * chance for s, chance in zip(self._alive, chances, strict=True)]
         self._followed = drafted
         chance, hoped = acceptance.at[drafted], 0.0

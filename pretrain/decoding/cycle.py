@@ -23,7 +23,7 @@ class Cycle:
     worth: list[float]
     """Of each text's tokens."""
     tokens: list[list[int]]
-    """Drafted after."""
+    """The cycle's first, and the drafts; without the last draft where nobody asked for one more after it."""
     bins: list[list[int]]
     """Of the drafts' confidence; none where it was not observed."""
 

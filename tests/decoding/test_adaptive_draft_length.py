@@ -230,7 +230,7 @@ def test_what_a_batch_achieves_is_held_against_what_is_expected_of_its_slow_text
         compared.append((rule._worth[1] / rule._worth[0], rule._achieved[0] / max(rule._achieved[1], 1.0)))
     ratios, achieved = zip(*compared[500:], strict=True)
     assert statistics.median(ratios) > 1.5
-    assert statistics.median(achieved) == pytest.approx(1.0, abs=0.08)
+    assert statistics.median(achieved) == pytest.approx(1.0, abs=0.15)  # more than 1.2 where all texts counted alike
 
 
 def test_one_text_after_a_batch_is_one_text():
@@ -303,7 +303,7 @@ def test_drafts_for_the_text_that_lags_and_not_for_one_at_its_end():
         rule.saw_cycle(accepted, [drafted, drafted], [0.2] * drafted, 1.0)
         lengths[left].append(drafted)
     first, both, second = map(mean_late, lengths.values())
-    assert first > 8 and both < 2.5 and second < 2.5  # where it is as far as the other, the second text lags
+    assert first > 8 and second < 2.5 <= both < first - 2
 
 
 def test_leaves_a_token_that_is_hard_to_foresee_to_the_next_cycle():
@@ -333,22 +333,19 @@ def test_leaves_a_token_that_is_hard_to_foresee_to_the_next_cycle():
     assert min(speed(AdaptiveLength(), seed) for seed in range(4)) > 0.985 * two
 
 
-def test_judges_where_one_draft_is_best_as_no_other_cycle_shows_what_a_second_gives():
-    rule, coasts, drafts = AdaptiveLength(), 0, []
-    for cycle in range(600):
-        drafts += run(lambda position: 0.9 if position == 0 else 0.1, 1, 0.2, flat, rule=rule, texts=8, seed=cycle)[0]
-        coasts += rule._coasts
-    assert statistics.median(drafts[100:]) == 1 and coasts == 0
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_coasts_with_two_drafts_where_one_is_as_good(seed):
-    """Two are 0.6% faster than one: less than tells whether a judged cycle has to draft both."""
-    rule, coasts = AdaptiveLength(), 0
-    for cycle in range(600):
-        run(lambda _: 0.7, 1, 0.39, flat, rule=rule, texts=8, seed=1000 * seed + cycle)
-        coasts += rule._coasts
-    assert coasts > 300
+def test_coasts_with_one_draft_and_looks_what_a_second_gives():
+    """At first it never stands; then it does, and one draft is not enough."""
+    rule, late = AdaptiveLength(), []
+    for second in (0.1, 0.9):
+        coasts, drafts = 0, []
+        for cycle in range(600):
+            drafts += run(lambda i, at=second: 0.9 if i == 0 else at, 1, 0.2, flat, rule=rule, texts=8, seed=cycle)[0]
+            coasts += rule._coasts
+        late.append(statistics.mean(drafts[200:]))
+        if second == 0.1:
+            assert statistics.median(drafts[100:]) == 1 and coasts > 300
+            assert 8 <= drafts[100:].count(2) < 40
+    assert late[0] < 1.1 and late[1] > 1.8
 
 
 def test_keeps_texts_in_step_where_every_third_token_cannot_be_foreseen():
@@ -463,7 +460,7 @@ def test_begins_a_new_text_with_what_short_texts_cost():
             rule.saw_cycle([stood], [drafted], [0.3] * drafted, 0.02 * length)
             length += 1 + stood
     short, long = ([drafted for at, drafted in first[40:] if (at == 10) == begins] for begins in (True, False))
-    assert statistics.mean(short) <= 1 and statistics.mean(long) > 2.5
+    assert statistics.mean(short) < 1.5 and statistics.mean(long) > 2.5
 
 
 def test_what_drafts_cost_is_learned_from_other_numbers_of_texts_too():

@@ -52,9 +52,8 @@ class Acceptance:
     KNOWN = 8.0  # cycles of all texts that compared drafts at a position, lately, to rely on them
     BINS, DEPTHS = 10, 4
     DEEPER = 3.0  # observations that those at the depth before are worth
-    FORETELLS = 0.02  # nats that confidence must tell of a draft, on average, more than position and tokens do
+    FORETELLS = 0.01  # nats that tokens must tell of a draft, on average, more than its position; or confidence than both
     TOKEN_GAIN = 2.0  # times the acceptance of all are the most a token's may be: it may be the position's that none is
-    TOKENS_FORETELL = 0.01  # nats that tokens must tell of it more than its position does
     FORETOLD_FADING, FORETOLD_HOPE = 0.995, 0.05  # of those nats, with each draft; what is hoped of them at first
 
     def __init__(self, longest: int) -> None:
@@ -170,7 +169,7 @@ class Acceptance:
 
     @property
     def _tokens_foretell(self) -> bool:
-        return self._foretold_by_tokens > self.TOKENS_FORETELL
+        return self._foretold_by_tokens > self.FORETELLS
 
     def _of_draft(self, before: int, token: int, chance: float) -> float:
         return self._by_both(before, token, chance) if self._tokens_foretell else chance

@@ -57,7 +57,10 @@ class AdaptiveLength:
     NEAR = 1.6  # speed-up over a cold plain cycle, below which a warm one must be known
     SHORTEST_WORK = 128  # cycles with drafts between two looks
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
-    EXPLORE_EVERY, LONGER = 96, 2  # cycles, one of which drafts so many tokens more than the last
+    LONGER = 2  # drafts that a trial, or an exploring cycle, has more than what is thought best
+    EXPLORE, EXPLORE_EVERY = 8, 96  # cycles, one of which shows what a length costs that was seen less than
+    TIMES = 3  # times, or not lately,
+    PROMISING = 0.7  # and is thought to be so many times as fast as the best, or faster
     LEARN_EVERY = 4  # cycles: a small model's take less than a millisecond
     ESTIMATE_EVERY = 8  # judged cycles: what is expected of one changes more slowly than what is known of tokens
     NEW = 8  # cycles of so many texts as never before, each of which is learned from at once
@@ -69,7 +72,8 @@ class AdaptiveLength:
 
     def __init__(self, longest: int = LONGEST, clock: Callable[[], float] = perf_counter) -> None:
         self._longest, self._clock = longest, clock
-        self._draft_seconds = Seconds()  # of a step
+        self._draft_seconds = Seconds()  # of a cycle's first step
+        self._later_draft = Seconds()  # times as long as which others take
         self._rest_seconds = Seconds()  # of a cycle
         self._acceptance = Acceptance(longest)
         self._text_worth = TextWorth()
@@ -77,6 +81,7 @@ class AdaptiveLength:
         self._batch, self._shrank = 1, -self.TAIL  # texts the batch began with, and the cycle when one left last
         self._cycles, self._texts = 0, 1
         self._left = 0  # tokens that the text with the most of them has to come
+        self._explored = 0  # cycle
         self._planned: int | None = self.FIRST[0]  # drafts of the next cycle; None: while it pays
         self._plain_run = self._work = 0  # cycles without drafts in a row, and with
         self._look, self._looked = 0, False  # plain cycles to come, whatever pays; and whether there ever were any
@@ -145,7 +150,9 @@ class AdaptiveLength:
             judged = self._planned is None and self._estimated_for == self._texts
             drafts = (self._worth, self._tokens, self._bins)
             length = self._rest_seconds.length
-            self._seen.append(Cycle(accepted, drafted, steps, seconds, rest, length, judged, self._coasts, *drafts))
+            first = draft_seconds[0] if draft_seconds else 0.0
+            cycle = Cycle(accepted, drafted, steps, first, seconds, rest, length, judged, self._coasts, *drafts)
+            self._seen.append(cycle)
             over = over or self._estimated_for != self._texts
         if over:
             self._learn()
@@ -233,7 +240,10 @@ class AdaptiveLength:
             if warm or self._cycles <= len(self.FIRST) or not self._rest_seconds.has_about(texts):
                 self._rest_seconds.add(texts, steps, cycle.rest, cycle.longest)
             if steps:
-                self._draft_seconds.add(texts, 0, cycle.draft_seconds / steps)
+                self._draft_seconds.add(texts, 0, cycle.first_draft_seconds)
+                if steps > 1 and cycle.first_draft_seconds > 0.0:
+                    later = (cycle.draft_seconds - cycle.first_draft_seconds) / (steps - 1)
+                    self._later_draft.add(texts, 0, later / cycle.first_draft_seconds)
                 self._acceptance.count(cycle)
                 if cycle.judged:
                     self._judge(cycle)
@@ -282,9 +292,11 @@ class AdaptiveLength:
         The product of the a_i says too much: later positions are seen in the cycles that go well.
         """
         self._acceptance.estimate()
-        draft = self._draft_seconds.at(self._texts)
+        first = self._draft_seconds.at(self._texts)
+        another = first * (self._later_draft.at(self._texts) or 1.0)
         rest = self._rest_seconds.by_drafts(self._texts, self._longest)
-        self._costs, self._demanded = [k * draft + seconds for k, seconds in enumerate(rest)], {}
+        self._costs = [seconds + (first + (k - 1) * another if k else 0.0) for k, seconds in enumerate(rest)]
+        self._demanded = {}
         self._estimated_for, self._best, self._rate = self._texts, 0, 0.0
         tokens = alive = sum(self._worth)
         self._expected = [tokens]
@@ -313,8 +325,8 @@ class AdaptiveLength:
         """Decide about the next cycle."""
         plain_seconds, plain_tokens = self._costs[0], self._expected[0]
         if self._rate * plain_seconds > plain_tokens:
-            explores = self._cycles % self.EXPLORE_EVERY == 0
-            self._planned = min(last.steps + self.LONGER, self._longest) if explores else None
+            self._planned = self._least_known() if self._explores_in() <= 0 else None
+            self._explored = self._explored if self._planned is None else self._cycles
             self._patience = self.SHORTEST_REST
             lost = self.LOOK * (plain_seconds - plain_tokens / self._rate) / self._costs[self._best]
             if self._work >= max(lost / self.LOOKS_LOSS, self.SHORTEST_WORK):
@@ -330,6 +342,19 @@ class AdaptiveLength:
                 self._look, self._looked = self.LOOK, True
         if self._look:
             self._look, self._planned = self._look - 1, 0
+
+    def _explores_in(self) -> int:
+        """Cycles until the next one that explores."""
+        # Texts of a batch leave: so many as are left are soon fewer.
+        known = self._texts < self._batch or self._rest_seconds.times(self._texts, self._least_known()) >= self.TIMES
+        return self._explored + (self.EXPLORE_EVERY if known else self.EXPLORE) - self._cycles
+
+    def _least_known(self) -> int:
+        """That length, of those that may turn out to be the best, whose time was measured seldom, or not lately."""
+        best, enough = self._best, self.PROMISING * self._per_second(self._best)
+        lengths = range(1, min(best + self.LONGER, self._longest) + 1)
+        candidates = [k for k in lengths if abs(k - best) <= 1 or self._per_second(k) >= enough]
+        return min(candidates, key=lambda k: self._rest_seconds.known(self._texts, k, self.TIMES))
 
     def _rest_or_try(self, last: Cycle, plain_seconds: float) -> None:
         """Drafts do not pay: is the next cycle a trial of them?"""
@@ -364,7 +389,8 @@ class AdaptiveLength:
         may = known and (alone or decides.is_nearly_best)
         self._coasts = self._planned is None and may and decides.coasts
         if self._coasts:
-            self._planned, self._block_left = self._fixed, own.left if decides is own else Coasting.BLOCK
+            block = own.left if decides is own else Coasting.BLOCK
+            self._planned, self._block_left = self._fixed, max(min(block, self._explores_in()), 1)
 
     def _coasting_of(self, texts: int) -> Coasting:
         size = self._size(texts)

@@ -12,7 +12,10 @@ class Cycle:
     accepted: list[int]
     drafted: list[int]
     steps: int
+    first_draft_seconds: float
+    """Of the first step, which takes longer than others."""
     draft_seconds: float
+    """Of all."""
     rest: float
     """Seconds of all else: the verification, and what was done between the cycles."""
     longest: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from bisect import bisect_left
 from collections import deque
 
@@ -10,12 +11,16 @@ from collections import deque
 class Seconds:
     """What something costs, by how many texts it is done for and the drafts of each: medians of the last times.
 
-    All at `length`, tokens of the longest text: costs grow with it by the factor 1 + growth · length, with that of
+    All as the machine goes now, which other work and its clock change: what was measured last tells of all how many
+    times as long as at first they take. So what was not done for long is known as it would be now.
+
+    And at `length`, tokens of the longest text: costs grow with it by the factor 1 + growth · length, with that of
     GROWTHS by which measurements of the same texts and drafts agree best. Without a cache they grow nearly in
     proportion.
     """
 
     KEPT = 9
+    PACE = 5  # measurements of any kind that tell how the machine goes now: their median
     OTHERS = 0.03  # what a measurement with another number of texts is worth
     ENOUGH = 4  # measurements, to compare numbers of texts
     LINE = 2.0  # measurements with so many drafts that the line is worth
@@ -27,11 +32,14 @@ class Seconds:
     def __init__(self) -> None:
         self.length = 0
         # Number of texts → drafts of each → …
-        self._measured: dict[int, dict[int, deque[tuple[int, float]]]] = {}  # length and seconds
-        self._medians: dict[int, dict[int, float]] = {}  # of seconds at length 0, as are these, where none are drafted:
+        self._measured: dict[int, dict[int, deque[tuple[int, float, float]]]] = {}  # length, seconds, and pace then
+        self._medians: dict[int, dict[int, float]] = {}  # of seconds at length 0 and pace 1, as are these of no drafts:
         self._plain: dict[int, float] = {}
         self._changed: set[tuple[int, int]] = set()  # their medians are to be found
+        self._paces: deque[float] = deque(maxlen=self.PACE)  # times as long as expected
+        self._pace = 1.0
         self._measurements = 0
+        self._last: dict[tuple[int, int], int] = {}  # which measurement was the last one of these
         self._growth = 0.0
         self._disagreement = [0.0] * len(self.GROWTHS)
 
@@ -40,11 +48,17 @@ class Seconds:
         kept = self._measured.setdefault(texts, {}).setdefault(drafts, deque(maxlen=self.KEPT))
         self._measurements += 1
         if self._measurements % self.COMPARED == 0 and kept:
-            self._compare(*kept[0], length, seconds)
-        kept.append((length, seconds))
+            self._compare(*kept[0][:2], length, seconds)
+        median = self._medians.get(texts, {}).get(drafts, 0.0)
+        if median > 0.0:  # a coarse clock may say 0
+            self._paces.append(seconds / (median * (1.0 + self._growth * length)))
+            if len(self._paces) == self.PACE:
+                self._pace = max(statistics.median(self._paces), 0.01)
+        kept.append((length, seconds, self._pace))
         self._changed.add((texts, drafts))
+        self._last[texts, drafts] = self._measurements
         if not drafts:
-            self._plain.setdefault(texts, seconds)
+            self._plain.setdefault(texts, seconds / self._pace)
 
     def _compare(self, length: int, seconds: float, other_length: int, other_seconds: float) -> None:
         """How well does each growth tell the seconds of one measurement from the other's?"""
@@ -59,10 +73,18 @@ class Seconds:
             texts < 2 * other < 4 * texts and len(self._measured[other][0]) >= times for other in self._plain
         )
 
+    def times(self, texts: int, drafts: int) -> int:
+        """How often this was measured, up to KEPT."""
+        return len(self._measured.get(texts, {}).get(drafts, ()))
+
+    def known(self, texts: int, drafts: int, times: int) -> tuple[int, int]:
+        """In the order of how well this is known: by how often it was measured, up to so many times, and how lately."""
+        return min(self.times(texts, drafts), times), self._last.get((texts, drafts), 0)
+
     def at(self, texts: int) -> float:
-        """Seconds for so many texts without drafts, on the line between measured numbers, or the nearest."""
+        """Seconds for so many texts without drafts, on the line between measured numbers, or the nearest; 0 of none."""
         self._find_medians()
-        return (1.0 + self._growth * self.length) * self._at_length_0(texts)
+        return self._now() * self._at_length_0(texts) if self._plain else 0.0
 
     def by_drafts(self, texts: int, longest: int) -> list[float]:
         """Seconds of a cycle with 0 … `longest` drafts of each text.
@@ -79,8 +101,8 @@ class Seconds:
                 times = len(measured[drafts])
                 line = (times * medians[drafts] + self.LINE * line) / (times + self.LINE)
             seconds.append(line)
-        grown = 1.0 + self._growth * self.length
-        return [grown * s for s in seconds]
+        now = self._now()
+        return [now * s for s in seconds]
 
     def shared(self, texts: int, drafts: int) -> float:
         """Share of a cycle's seconds that fewer texts would take too: a half, where that is not known."""
@@ -91,7 +113,10 @@ class Seconds:
         each = (all_texts - few) / (texts - fewer)
         return min(max(1.0 - texts * each / all_texts, 0.0), 1.0)
 
-    def _is_known(self, measured: dict[int, deque[tuple[int, float]]]) -> bool:
+    def _now(self) -> float:
+        return self._pace * (1.0 + self._growth * self.length)
+
+    def _is_known(self, measured: dict[int, deque[tuple[int, float, float]]]) -> bool:
         return any(drafts and len(kept) >= self.ENOUGH for drafts, kept in measured.items())
 
     def _find_growth(self) -> None:
@@ -101,10 +126,22 @@ class Seconds:
         if growth != self._growth:
             self._growth = growth
             self._changed = {(texts, drafts) for texts, measured in self._measured.items() for drafts in measured}
+            self._forget_pace()
+
+    def _forget_pace(self) -> None:
+        """What was taken for it was growth."""
+        for measured in self._measured.values():
+            for kept in measured.values():
+                old = [(length, seconds, 1.0) for length, seconds, _ in kept]
+                kept.clear()
+                kept.extend(old)
+        self._paces.clear()
+        self._pace = 1.0
 
     def _find_medians(self) -> None:
         for texts, drafts in self._changed:
-            kept = sorted(seconds / (1.0 + self._growth * length) for length, seconds in self._measured[texts][drafts])
+            measured = self._measured[texts][drafts]
+            kept = sorted(seconds / (pace * (1.0 + self._growth * length)) for length, seconds, pace in measured)
             # Of an even number the smaller one: what disturbs a measurement makes it longer, above all the first.
             self._medians.setdefault(texts, {})[drafts] = median = kept[(len(kept) - 1) // 2]
             if not drafts:

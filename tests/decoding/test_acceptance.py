@@ -12,7 +12,7 @@ def cycle(stood: int, drafted: int, tokens=None, bins=None, coasted=False) -> Cy
     """Of one text. Its tokens are the first, and the drafts."""
     tokens = tokens or [[position] for position in range(drafted + 1)]
     bins = [[9]] * drafted if bins is None else bins
-    return Cycle([stood], [drafted], drafted, 0.1, 1.0, 10, not coasted, coasted, [1.0], tokens, bins)
+    return Cycle([stood], [drafted], drafted, 0.0, 0.1, 1.0, 10, not coasted, coasted, [1.0], tokens, bins)
 
 
 def learned(chance_at, cycles=600, drafted=6, bins=None, seed=0, tokens=lambda words: words.randrange(4096)):
@@ -79,7 +79,7 @@ def test_a_position_counts_by_what_a_text_is_worth():
     """A batch waits for its slow texts: what is expected of it is what is expected of them."""
     acceptance = Acceptance(2)
     for _ in range(200):
-        acceptance.count(Cycle([2, 0], [2, 2], 2, 0.1, 1.0, 10, True, False, [0.4, 1.6], [[1, 2]] * 3, []))
+        acceptance.count(Cycle([2, 0], [2, 2], 2, 0.0, 0.1, 1.0, 10, True, False, [0.4, 1.6], [[1, 2]] * 3, []))
     acceptance.estimate()
     assert acceptance.at[0] == pytest.approx(0.2, abs=0.03) and acceptance.at[1] > 0.8
 

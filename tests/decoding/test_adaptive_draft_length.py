@@ -194,7 +194,7 @@ def test_asks_how_confident_drafts_are_only_where_that_tells(tells, texts):
         if cycle >= 600 and rule._planned is None:
             judged, asked = judged + 1, asked + bool(rule._bins)
         rule.saw_cycle(stood, [drafted] * texts, [0.15] * drafted, 1.0)
-    assert judged > 200
+    assert judged > 100
     assert asked > 0.85 * judged if tells else 0 < asked < 1.5 * judged / (rule.SAMPLE_EVERY * texts)
 
 
@@ -421,7 +421,7 @@ def test_a_look_ends_with_the_batch():
 
 def test_a_text_that_leaves_does_not_make_drafts_look_better():
     """Eight texts give more tokens a second than seven; both rates must be of as many."""
-    for seed in range(20):
+    for seed in range(100):
         lengths, rule = run(lambda _: 0.6, 380, 0.65, flat, texts=8, seed=seed)
         if any(lengths[-10:]) and not any(lengths[-3:]):  # a trial, and then it rests
             break

@@ -103,7 +103,7 @@ def test_what_a_judged_cycle_gained_over_a_fixed_number():
     chances, costs = rule._acceptance.at, rule._costs
 
     def gained(accepted, steps):
-        cycle = Cycle([accepted], [steps], steps, 0.1, 1.0, 1, True, False, [2.0], [], [])
+        cycle = Cycle([accepted], [steps], steps, 0.0, 0.1, 1.0, 1, True, False, [2.0], [], [])
         return rule._gained(cycle, 4) + rule._rate * (costs[steps] - costs[4])
 
     assert gained(7, 8) == pytest.approx(2.0 * 3)

@@ -5,9 +5,9 @@
 Prompts are code and prose (docstrings) of the validation documents of the export's data set. A round decodes its own in
 every way, one after the other, and backwards in every second round; ratios are formed within a round, their medians
 printed, and of `auto` beside the best fixed length the mean with its standard error. No prompt is of two rounds: a
-length that is the best for a few texts is so by chance too. Every way decodes other texts once before it is timed, and
-`auto` three times: it learns, and what it learned serves every text after. Texts run to their full length, whatever is
-in them.
+length that is the best for a few texts is so by chance too. Every way decodes other texts before it is timed, `auto`
+more of them and three times: it learns, and what it learned serves every text after. Texts run to their full length,
+whatever is in them.
 
 With a KV cache is what a user feels. Without one, batch 1 and greedy, is the paper's definition of speed-up: neither
 side keeps keys and values, so a verification costs hardly more than a plain step. A cycle's first token is the target's
@@ -59,7 +59,7 @@ TINY = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 64, "vocabulary": 300
 PROMPT, WINDOWS = 20, 4  # tokens of a prompt; and prompts of one text, at most
 TEXTS = {1: 4, 8: 8}  # of a round, by how many are decoded at a time
 FEWER_TEXTS = 2  # of a round, one at a time, where that is slow
-WARM_UP, LEARNS = 6, 3  # texts that are not timed, and how often auto decodes them
+WARM_UP, LEARNS = 6, 3  # texts that are not timed, and how often auto decodes them; others the first of them, once
 
 
 @dataclass
@@ -155,15 +155,17 @@ class SetAcceptance:
         return state_BD, logits_BV
 
 
-def measure(row: Row, model: Any, step: DraftStep, rounds: list[list[list[int]]], clock: Any) -> Iterator[None]:
-    """Decode the prompts of each round in every way, the first's to warm up; yields after each way of a batch."""
+def measure(
+    row: Row, model: Any, step: DraftStep, warm_up: list[list[int]], rounds: list[list[list[int]]], clock: Any
+) -> Iterator[None]:
+    """Decode the prompts of each round in every way, after those to warm up; yields after each way of a batch."""
     auto = AdaptiveLength(clock=clock)
 
-    def decode(way: int | str, group: list[list[int]]) -> tuple[list[list[int]], DecodingStatistics]:
+    def decode(way: int | str, group: list[list[int]]) -> DecodingStatistics:
         simulated = step if isinstance(step, SetAcceptance) and way else None
         if simulated:
             simulated.begin()
-        return generate_batch(
+        texts, counted = generate_batch(
             model,
             group,
             row.tokens,
@@ -174,24 +176,25 @@ def measure(row: Row, model: Any, step: DraftStep, rounds: list[list[list[int]]]
             trunk=CachedTrunk if row.cached else UncachedTrunk,
             clock=clock,
         )
+        if way == 0 and isinstance(step, SetAcceptance):
+            step.texts = texts  # the drafts to come, so plain comes first
+        return counted
 
-    for number, prompts in enumerate(rounds, start=-1):
+    def groups_of(prompts: list[list[int]]) -> list[list[list[int]]]:
+        return [prompts[start : start + row.batch] for start in range(0, len(prompts), row.batch)]
+
+    for number, group in enumerate(LEARNS * groups_of(warm_up)):
+        for way in (0, "auto") if number else WAYS:
+            decode(way, group)
+            yield
+    for number, prompts in enumerate(rounds):
         totals = {way: DecodingStatistics() for way in WAYS}
-        for group in (prompts[start : start + row.batch] for start in range(0, len(prompts), row.batch)):
-            # Plain comes first where its texts are the simulated drafts.
+        for group in groups_of(prompts):
             for way in WAYS if number % 2 == 0 or isinstance(step, SetAcceptance) else WAYS[::-1]:
-                texts, counted = decode(way, group)
-                if way == 0 and isinstance(step, SetAcceptance):
-                    step.texts = texts
-                totals[way].add(counted)
+                totals[way].add(decode(way, group))
                 yield
-            if number < 0:
-                for _ in range(LEARNS - 1):
-                    decode("auto", group)
-                    yield
-        if number >= 0:
-            for way, total in totals.items():
-                row.rounds[way].append(total)
+        for way, total in totals.items():
+            row.rounds[way].append(total)
 
 
 def texts_of_a_document(text: str) -> Iterator[tuple[str, str]]:
@@ -257,11 +260,12 @@ def run(export: Export, prompts: dict[str, list[list[int]]], arguments: argparse
     with Progress(console=Console(stderr=True)) as progress:
 
         def follow(row: Row, model: Any, step: DraftStep, texts: int) -> None:
-            warm_up, timed = prompts[row.text][:WARM_UP][: row.batch], prompts[row.text][WARM_UP:]
-            some = [warm_up, *(timed[number::rounds][:texts] for number in range(rounds))]
+            warm_up, timed = prompts[row.text][:WARM_UP], prompts[row.text][WARM_UP:]
+            some = [timed[number::rounds][:texts] for number in range(rounds)]
             label = f"{row.trunk}, {row.text}, batch {row.batch}, {'cached' if row.cached else 'uncached'}"
-            steps = (1 + rounds * -(-texts // row.batch)) * len(WAYS) + LEARNS - 1
-            for _ in progress.track(measure(row, model, step, some, clock), total=steps, description=label):
+            learns = LEARNS * -(-WARM_UP // row.batch) - 1
+            steps = (1 + rounds * -(-texts // row.batch)) * len(WAYS) + 2 * learns
+            for _ in progress.track(measure(row, model, step, warm_up, some, clock), total=steps, description=label):
                 pass
 
         step = draft_with_latent_dynamics(export.model, export.dynamics)  # type: ignore[arg-type]  # checked in main

@@ -52,7 +52,7 @@ def head(rows: list[Row], export: Export, arguments: argparse.Namespace) -> list
         f"width 768, V = 50,257; p_ψ 2,448) and random weights, {rows[-1].tokens} new tokens, 2 texts one by one: its "
         "draft steps are computed in full, and then draft the right token as often as the trained model's did at that "
         "position, on code. So its times are measured, its acceptance is set. Before it is timed, every way decodes "
-        "other texts once, auto three times.",
+        "another text or batch, and auto six texts three times.",
         "",
     ]
 

@@ -52,7 +52,9 @@ class Acceptance:
     KNOWN = 8.0  # cycles of all texts that compared drafts at a position, lately, to rely on them
     BINS, DEPTHS = 10, 4
     DEEPER = 3.0  # observations that those at the depth before are worth
-    FORETELLS = 0.01  # nats that tokens must tell of a draft, on average, more than its position; or confidence than both
+    FORETELLS = (
+        0.01  # nats that tokens must tell of a draft, on average, more than its position; or confidence than both
+    )
     TOKEN_GAIN = 2.0  # times the acceptance of all are the most a token's may be: it may be the position's that none is
     FORETOLD_FADING, FORETOLD_HOPE = 0.995, 0.05  # of those nats, with each draft; what is hoped of them at first
 

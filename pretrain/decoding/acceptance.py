@@ -65,7 +65,7 @@ class Acceptance:
         self._by_depth = [[0.0, 0.0] for _ in range(self.DEPTHS)]
         self._after, self._by_token, self._by_pair = History(), History(), History()
         self._cycles = self._confident_cycles = 0
-        self._foretold = self._foretold_by_tokens = self.FORETOLD_HOPE
+        self._foretold = self._foretold_after = self._foretold_by_both = self.FORETOLD_HOPE  # see FORETELLS
         # See `estimate`.
         self.at = [self.HOPE] * longest
         self._confident = [[self.HOPE] * self.BINS] * self.DEPTHS
@@ -75,6 +75,11 @@ class Acceptance:
     def foretells(self) -> bool:
         """Does confidence tell more of a draft than its position and tokens do?"""
         return self._foretold > self.FORETELLS
+
+    @property
+    def anything_foretells(self) -> bool:
+        """Does anything tell more of a draft than its position does?"""
+        return max(self._foretold, self._foretold_after, self._foretold_by_both) > self.FORETELLS
 
     def bin_of(self, confidence: float) -> int:
         """0 … BINS − 1."""
@@ -111,11 +116,11 @@ class Acceptance:
 
     def _count_observed(self, depth: int, before: int, token: int, bin_: int | None, stands: bool) -> None:
         chance = self._any[depth]
-        by_tokens = self._by_both(before, token, chance)
-        self._foretold_by_tokens = self._fade_in(self._foretold_by_tokens, by_tokens, chance, stands)
+        known = self._of_draft(before, token, chance)
+        after, by_both = self._by_after(before, chance), self._by_both(before, token, chance)
+        self._foretold_after = self._fade_in(self._foretold_after, after, chance, stands)
+        self._foretold_by_both = self._fade_in(self._foretold_by_both, by_both, chance, stands)
         if bin_ is not None:
-            # Beside what the tokens tell, where they tell anything.
-            known = by_tokens if self._tokens_foretell else chance
             confident = self._of_draft(before, token, self._confident[depth][bin_])
             self._foretold = self._fade_in(self._foretold, confident, known, stands)
             counts = self._by_confidence[depth][bin_]
@@ -161,7 +166,7 @@ class Acceptance:
 
     def after(self, token: int, chance: float) -> float:
         """Of drafts yet to be made after this token, where `chance` is what is expected of any."""
-        return min(self._after.of(token, chance), self.TOKEN_GAIN * chance) if self._tokens_foretell else chance
+        return self._by_after(token, chance) if self._foretold_after > self.FORETELLS else chance
 
     def of_drafts(self, position: int, before: list[int], tokens: list[int], bins: list[int] | None) -> list[float]:
         """Of drafts made at a position, each of its token after another, with confidence in its bin, if known."""
@@ -169,12 +174,11 @@ class Acceptance:
         chances = [self._any[depth]] * len(tokens) if bins is None else [self._confident[depth][bin_] for bin_ in bins]
         return [self._of_draft(*each) for each in zip(before, tokens, chances, strict=True)]
 
-    @property
-    def _tokens_foretell(self) -> bool:
-        return self._foretold_by_tokens > self.FORETELLS
-
     def _of_draft(self, before: int, token: int, chance: float) -> float:
-        return self._by_both(before, token, chance) if self._tokens_foretell else chance
+        return self._by_both(before, token, chance) if self._foretold_by_both > self.FORETELLS else chance
+
+    def _by_after(self, token: int, chance: float) -> float:
+        return min(self._after.of(token, chance), self.TOKEN_GAIN * chance)
 
     def _by_both(self, before: int, token: int, chance: float) -> float:
         own = self._by_pair.of((before, token), self._by_token.of(token, chance))

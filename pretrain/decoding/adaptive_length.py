@@ -382,11 +382,14 @@ class AdaptiveLength:
         if not own.knows and self._cycles < self._shrank + self.TAIL:
             larger = (n for n in sorted(self._coasting) if self._size(self._texts) < n <= self._size(self._batch))
             decides = next((self._coasting[n] for n in larger if self._coasting[n].knows), own)
+        # A batch is judged also by which of its texts lag.
+        own.blind = self._texts == 1 and not self._acceptance.anything_foretells
         own.saw_best(self._per_second(self._best) / self._per_second(self._few))
         alone = self._texts == 1 and decides is own  # a batch's best number changes with which of its texts lag
         self._fixed = max(self._best, 1) if alone and not own.is_nearly_best else self._few
         known = self._fixed == 1 or self._acceptance.knows(self.LEAST - 1, self._texts)
-        may = known and (alone or decides.is_nearly_best)
+        pays = self._rate * self._costs[0] > self._expected[0]
+        may = pays and known and (alone or decides.is_nearly_best)
         self._coasts = self._planned is None and may and decides.coasts
         if self._coasts:
             block = own.left if decides is own else Coasting.BLOCK

@@ -34,6 +34,7 @@ class Coasting:
 
     def __init__(self, texts: int) -> None:
         self.coasts = False  # in the next cycle
+        self.blind = False  # nothing tells one draft from another, so that judging them gains nothing
         # Of judged cycles.
         self._tokens = self._gained = self._known = 0.0
         self._blocks = 0
@@ -75,7 +76,7 @@ class Coasting:
     @property
     def worth(self) -> float:
         """Share of the tokens that coasting gives more than judging."""
-        return self.cost - self._gained / max(self._tokens, 1.0) + self._off
+        return self.cost - (0.0 if self.blind else self._gained / max(self._tokens, 1.0) - self._off)
 
     def saw_best(self, faster: float) -> None:
         """The best fixed number of drafts is expected to be so many times as fast as the least number."""

@@ -243,7 +243,7 @@ def test_ends_before_what_follows_a_token_that_foretells_nothing():
     """Tokens 0 … 9: after a 7 no draft ever stands, after the others nearly all do. No other sign tells them apart."""
     rule, chance = AdaptiveLength(), random.Random(0)
     went_on: dict[bool, list[bool]] = {True: [], False: []}
-    for cycle in range(600):
+    for cycle in range(1200):
         words = [chance.randrange(10) for _ in range(AdaptiveLength.LONGEST + 1)]
         drafted = 0
         while rule.wants_another(drafted, [words[drafted]], [1000], 1):

@@ -49,7 +49,6 @@ class Acceptance:
 
     FADING, FADE_EVERY = 0.96, 4  # of counts, in as many cycles of theirs: what was given up is tried again some time
     HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
-    KNOWN = 8.0  # cycles of all texts that compared drafts at a position, lately, to rely on them
     BINS, DEPTHS = 10, 4
     DEEPER = 3.0  # observations that those at the depth before are worth
     FORETELLS = (
@@ -158,11 +157,6 @@ class Acceptance:
     def was_seen(self, position: int) -> bool:
         """Were drafts compared there lately?"""
         return self._by_position[position][1] > 0.5
-
-    def knows(self, position: int, texts: int) -> bool:
-        """Were enough compared there lately? What was given up is hoped to be better than it was, to be tried again."""
-        seen = self._by_position[position][1] if position < len(self._by_position) else 0.0
-        return seen >= self.KNOWN * (texts + 1)
 
     def after(self, token: int, chance: float) -> float:
         """Of drafts yet to be made after this token, where `chance` is what is expected of any."""

@@ -180,8 +180,7 @@ class AdaptiveLength:
             self._shrank = self._cycles
         if self._estimated_for and (others or self._estimated_for != texts):
             self._begin_with(left)
-        every = self.SAMPLE_EVERY * (texts if self._acceptance.knows(self.LEAST - 1, texts) else 1)
-        samples = (self._coasted.number if self._coasts else self._cycles) % every == 0
+        samples = (self._coasted.number if self._coasts else self._cycles) % (self.SAMPLE_EVERY * texts) == 0
         self._observes = self._planned is None or (self._coasts and samples)
         self._asks = self._observes and (samples or self._acceptance.foretells)
         if self._coasts and not self._observes:
@@ -387,9 +386,8 @@ class AdaptiveLength:
         own.saw_best(self._per_second(self._best) / self._per_second(self._few))
         alone = self._texts == 1 and decides is own  # a batch's best number changes with which of its texts lag
         self._fixed = max(self._best, 1) if alone and not own.is_nearly_best else self._few
-        known = self._fixed == 1 or self._acceptance.knows(self.LEAST - 1, self._texts)
         pays = self._rate * self._costs[0] > self._expected[0]
-        may = pays and known and (alone or decides.is_nearly_best)
+        may = pays and (alone or decides.is_nearly_best)
         self._coasts = self._planned is None and may and decides.coasts
         if self._coasts:
             block = own.left if decides is own else Coasting.BLOCK

@@ -493,3 +493,55 @@ def test_tells_other_texts_from_those_that_are_left(left, longest, others):
     rule.wants_another(0, [1] * len(left), left, longest)
     assert (rule._text_worth._began == rule._cycles) == others
     assert rule._batch == (len(left) if others else 3)
+
+
+def test_a_first_measurement_that_was_slow_is_made_again():
+    """Kernels are slow the first time: four drafts are best here, and were thought to take thrice as long."""
+    times: dict[int, int] = {}
+
+    def verify(drafts: int) -> float:
+        times[drafts] = times.get(drafts, 0) + 1
+        return 1.0 if times[drafts] > 2 or not drafts else 3.0
+
+    lengths, _ = run(lambda _: 0.79, 600, 0.2, verify)
+    assert max(range(1, 9), key=lambda k: rate([k], 0.79, 0.2, flat)) == 4
+    assert rate(lengths[300:], 0.79, 0.2, flat) > 0.97 * rate([4], 0.79, 0.2, flat)
+
+
+def test_the_first_draft_step_counts_by_itself():
+    """It takes five times as long as others: to draft at all is dear, and then to draft on is not."""
+    rule, chance, lengths = AdaptiveLength(), random.Random(0), []
+    for _ in range(600):
+        drafted = 0
+        while rule.wants_another(drafted, [chance.randrange(50)], [1000], 1):
+            rule.saw_draft(CONFIDENT, NO_CHANCES)
+            drafted += 1
+        stood = next((i for i in range(drafted) if chance.random() >= 0.9), drafted)
+        rule.saw_cycle([stood], [drafted], [0.5, *[0.1] * (drafted - 1)][:drafted], 1.0)
+        lengths.append(drafted)
+    differences = [after - before for before, after in itertools.pairwise(rule._costs)]
+    assert differences[0] == pytest.approx(0.5, rel=0.15)
+    assert differences[1:8] == pytest.approx([0.1] * 7, rel=0.3, abs=0.05)
+    assert mean_late(lengths) > 5
+
+
+def test_explores_what_may_be_the_best():
+    """Neighbours of the best length, whatever is thought of them; others, up to two more, only if promising."""
+    _, rule = run(lambda _: 0.8, 100, 0.2, flat)
+    rule._expected, rule._costs, rule._best = [1.0, 1.8, 2.4, 2.9, 3.3, 3.7, 4.0, 4.2], [1.0] * 8, 4
+    explored = set()
+    for slow in ([], [1, 2], [3, 5], [3, 6]):
+        for drafts in range(1, 8):
+            rule._costs[drafts] = 9.0 if drafts in slow else 1.0
+        rule._rest_seconds = Seconds()
+        seen = []
+        for _ in range(20):
+            seen.append(rule._least_known())
+            rule._rest_seconds.add(1, seen[-1], 1.0)
+        explored.add(tuple(sorted(set(seen))))
+        assert rule._explores_in() == rule._explored + rule.EXPLORE_EVERY - rule._cycles
+    assert explored == {(2, 3, 4, 5, 6), (3, 4, 5, 6), (2, 3, 4, 5)}
+    rule._rest_seconds = Seconds()
+    assert rule._explores_in() == rule._explored + rule.EXPLORE - rule._cycles
+    rule._batch = 2  # of which one is left, and soon none
+    assert rule._explores_in() == rule._explored + rule.EXPLORE_EVERY - rule._cycles

@@ -292,3 +292,18 @@ def test_what_it_expects_of_judging_follows_the_drafts_that_coast():
         assert not rule.wants_another(AdaptiveLength.LEAST, [62], [1000], 1)
         expected += rule._foregone
     assert expected[0] > 0.5 and expected[1] == 0.0
+
+
+def test_where_nothing_foretells_judging_gains_nothing():
+    """Of one text; a batch is judged also by which of its texts lag."""
+    for unlike, texts, blind in (((0.75, 0.75), 1, True), ((0.98, 0.3), 1, False), ((0.75, 0.75), 8, False)):
+        _, rule = decode(unlike, 600, judging=0.05, texts=texts)
+        assert rule._coasting_of(texts).blind == blind
+    coasting = Coasting(1)
+    coasting.took(False, 0.03)
+    coasting.took(True, 0.01)
+    for _ in range(100):
+        coasting.saw_judged(0.2, 2.0, 1.5)
+    assert coasting.worth < -0.05
+    coasting.blind = True
+    assert coasting.worth == pytest.approx(0.02)

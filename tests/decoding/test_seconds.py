@@ -74,3 +74,38 @@ def test_seconds_follow_the_length_of_texts(growth, error):
         found = seconds.by_drafts(4, 5)
         assert found == pytest.approx([true(drafts) for drafts in range(6)], rel=error)
         assert seconds.at(4) == found[0]
+
+
+def test_a_slower_machine_is_slower_for_what_was_not_measured_since():
+    """Three drafts were measured when all went well; now all takes half as long again, as one draft shows."""
+    seconds = Seconds()
+    for _ in range(9):
+        for drafts, cost in ((0, 1.0), (1, 2.0), (3, 2.4)):
+            seconds.add(1, drafts, cost)
+    before = seconds.by_drafts(1, 3)
+    for _ in range(40):
+        seconds.add(1, 1, 3.0)
+    assert seconds.by_drafts(1, 3) == pytest.approx([1.5 * each for each in before], rel=0.02)
+    for _ in range(40):
+        seconds.add(1, 1, 2.0)
+    assert seconds.by_drafts(1, 3) == pytest.approx(before, rel=0.02)
+
+
+def test_a_text_that_grows_is_not_taken_for_a_slower_machine():
+    """Without a cache time grows with the text; each begins anew."""
+    seconds = Seconds()
+    for _ in range(6):
+        for length in range(20, 160, 2):
+            seconds.add(1, length % 4, (1.0 + 0.1 * (length % 4)) * (1.0 + length / 16), length)
+    for seconds.length in (20, 150):
+        expected = [(1.0 + 0.1 * drafts) * (1.0 + seconds.length / 16) for drafts in range(3)]
+        assert seconds.by_drafts(1, 2) == pytest.approx(expected, rel=0.1)
+
+
+def test_what_is_known_least_comes_first():
+    seconds = Seconds()
+    for drafts in (0, 1, 1, 1, 1, 2, 3, 3, 3):
+        seconds.add(1, drafts, 1.0)
+    order = sorted(range(1, 5), key=lambda drafts: seconds.known(1, drafts, 3))
+    assert order == [4, 2, 1, 3]  # never, once; of those that were measured enough the one seen longest ago
+    assert seconds.times(1, 1) == 4 and seconds.times(8, 1) == 0

@@ -271,6 +271,8 @@ def run(export: Export, prompts: dict[str, list[list[int]]], arguments: argparse
         step = draft_with_latent_dynamics(export.model, export.dynamics)  # type: ignore[arg-type]  # checked in main
         for row in trained:
             follow(row, export.model, step, TEXTS[row.batch])
+        if arguments.trained:
+            return trained
         shares = trained[0].total(10).acceptance_by_position
         prompts = prompts | {"simulated": [[token % 300 for token in prompt] for prompt in prompts["code"]]}
         model, dynamics = random_model(TINY if arguments.tiny else GPT2, PROMPT + tokens, export.model.device)
@@ -298,8 +300,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny trunk in place of GPT-2's size: to see that it runs"
     )
+    parser.add_argument("--trained", action="store_true", help="the trained model alone: a third of the time")
     arguments = parser.parse_args(argv)
-    check_counts(arguments, rounds=1, tokens=2)
+    check_counts(arguments, rounds=1, tokens=4)
     subject = open_subject(arguments.export)
     export = subject.decoder()
     if export.dynamics is None or export.tokenizer is None:

@@ -42,19 +42,28 @@ def head(rows: list[Row], export: Export, arguments: argparse.Namespace) -> list
         "# Drafting against plain decoding",
         "",
         f"    OMP_NUM_THREADS=1 python -m benchmarks.decoding --export {arguments.export} --rounds {arguments.rounds} "
-        f"--tokens {arguments.tokens}",
+        f"--tokens {arguments.tokens}{' --trained' * arguments.trained}",
         f"    # {datetime.date.today()}, {where}, torch {torch.__version__}, {str(export.model.dtype)[6:]}",
         "",
         f"The trained model: {model.num_hidden_layers} layers, width {model.hidden_size}, V = {model.vocab_size:,}, "
         f"p_ψ's inner width {export.dynamics.input.out_features if export.dynamics else 0}. Its prompts are of code "
         f"and prose (docstrings) from validation documents, a round's 8 decoded together or 4 one by one, "
-        f"{arguments.tokens} new tokens, half as many without a cache. The other trunk has GPT-2's size (12 layers, "
-        f"width 768, V = 50,257; p_ψ 2,448) and random weights, {rows[-1].tokens} new tokens, 2 texts one by one: its "
-        "draft steps are computed in full, and then draft the right token as often as the trained model's did at that "
-        "position, on code. So its times are measured, its acceptance is set. Before it is timed, every way decodes "
+        f"{arguments.tokens} new tokens, half as many without a cache. "
+        + ("" if arguments.trained else other_trunk(rows[-1].tokens))
+        + "Before it is timed, every way decodes "
         "another text or batch, and auto six texts three times.",
         "",
     ]
+
+
+def other_trunk(tokens: int) -> str:
+    """What the rows of GPT-2's size are."""
+    return (
+        "The other trunk has GPT-2's size (12 layers, width 768, V = 50,257; p_ψ 2,448) and random weights, "
+        f"{tokens} new tokens, 2 texts one by one: its draft steps are computed in full, and then draft the right "
+        "token as often as the trained model's did at that position, on code. So its times are measured, its "
+        "acceptance is set. "
+    )
 
 
 def speeds(rows: list[Row]) -> list[str]:

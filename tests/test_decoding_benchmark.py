@@ -64,6 +64,13 @@ def test_writes_a_page_of_every_way_with_costs_and_a_picture(folder, tmp_path, c
     assert (tmp_path / "decoding" / "acceptance.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_trained_model_alone(folder, tmp_path):
+    out = tmp_path / "decoding.md"
+    decoding.main(["--export", str(folder), "--rounds", "1", "--tokens", "4", "--trained", "--out", str(out)])
+    text = out.read_text()
+    assert "--tokens 4 --trained" in text and "| trained | prose |" in text and "GPT-2" not in text
+
+
 def test_the_fixed_length_that_auto_is_held_against_is_the_other_rounds_fastest():
     def statistics(speed: float) -> DecodingStatistics:
         return DecodingStatistics(tokens=int(speed * 100), seconds=100.0)
@@ -83,7 +90,7 @@ def test_a_ratio_comes_with_its_standard_error_over_rounds():
 
 
 def test_too_few_rounds_or_tokens_are_one_line(folder):
-    for bad, message in ((["--rounds", "0"], "--rounds 0: give at least 1"), (["--tokens", "1"], "at least 2")):
+    for bad, message in ((["--rounds", "0"], "--rounds 0: give at least 1"), (["--tokens", "3"], "at least 4")):
         with pytest.raises(UserError, match=message):
             decoding.main(["--export", str(folder), *bad])
 

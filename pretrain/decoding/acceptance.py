@@ -51,9 +51,7 @@ class Acceptance:
     HOPE, WEIGHT = 0.8, 6.0  # acceptance before any was seen, and how many observations that is worth
     BINS, DEPTHS = 10, 4
     DEEPER = 3.0  # observations that those at the depth before are worth
-    FORETELLS = (
-        0.01  # nats that tokens must tell of a draft, on average, more than its position; or confidence than both
-    )
+    FORETELLS = 0.01  # nats a draft, on average, that tokens must tell more than the depth; or confidence than those
     TOKEN_GAIN = 2.0  # times the acceptance of all are the most a token's may be: it may be the position's that none is
     FORETOLD_FADING, FORETOLD_HOPE = 0.995, 0.05  # of those nats, with each draft; what is hoped of them at first
 

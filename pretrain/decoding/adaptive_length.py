@@ -21,9 +21,9 @@ from pretrain.decoding.text_worth import TextWorth
 class AdaptiveLength:
     """Draft on while it pays, from what was seen so far; not at all where no length does.
 
-    Measured by the clock: d, a draft step for the B texts of the batch, and V(k), the rest of a cycle of k drafts.
-    With a_i the chance that draft i stands where those before it do, a cycle of k drafts gives
-    E(k) = B · (1 + a_1 + a_1 a_2 + … + a_1 ⋯ a_k) tokens in C(k) = k · d + V(k) seconds. The rule aims at the rate
+    Measured by the clock: D(k), the draft steps of a cycle of k drafts for the B texts of the batch, and V(k), the rest
+    of it. With a_i the chance that draft i stands where those before it do, such a cycle gives
+    E(k) = B · (1 + a_1 + a_1 a_2 + … + a_1 ⋯ a_k) tokens in C(k) = D(k) + V(k) seconds. The rule aims at the rate
 
         r = max over k of E(k) / C(k),
 
@@ -36,13 +36,13 @@ class AdaptiveLength:
         Σ w · s · a' · (1 + a_{j+2} + … + a_{j+2} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
 
     the stopping rule that maximises the long-run rate (renewal-reward theorem). s is the product of the acceptance of
-    drafts of like confidence, or of any where that foretells nothing, and a' is a_{j+1}; both as far as nothing is
+    such drafts, by their tokens and their confidence, where those foretell it, and a' is a_{j+1}, as far as nothing is
     known of drafts after the same token: see `Acceptance`. The weights w tell what a token of each text is worth:
     `TextWorth`; the a_i are weighted so too.
     A cycle's first token is the target's own and never refused, and best spent on one that is hard to foresee. So a
     cycle drafts LEAST, unless fewer in every cycle are as good: cut short, it leaves the next one's first token to what
     could be foreseen, and the texts of a batch fall out of step. And where it gains less than its own time to judge
-    each draft, LEAST are drafted without; of one text another number, where that is clearly better: `Coasting`.
+    each draft, LEAST are drafted without, or fewer; of one text as many as are clearly better: `Coasting`.
 
     Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
     decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed
@@ -73,7 +73,7 @@ class AdaptiveLength:
     def __init__(self, longest: int = LONGEST, clock: Callable[[], float] = perf_counter) -> None:
         self._longest, self._clock = longest, clock
         self._draft_seconds = Seconds()  # of a cycle's first step
-        self._later_draft = Seconds()  # times as long as which others take
+        self._later_draft = Seconds()  # of its others, over that
         self._rest_seconds = Seconds()  # of a cycle
         self._acceptance = Acceptance(longest)
         self._text_worth = TextWorth()

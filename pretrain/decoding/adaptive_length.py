@@ -164,9 +164,7 @@ class AdaptiveLength:
             # Of a batch only judged cycles are trusted: what it would gain it loses as its texts fall out of step.
             if len(tokens) == 1 and drafted == self._planned < self._longest:
                 self._foregone.append(self._gain(drafted, left))
-            # Where it coasts with one draft, those cycles that are observed show what a second one gives.
-            shown = min(self.LEAST, self._longest) if self._coasts else 0
-            return drafted < max(self._planned, shown)
+            return drafted < self._planned
         return drafted < self._least or (drafted < self._longest and self._pays(drafted, left))
 
     def _begin_cycle(self, left: list[int], longest: int) -> None:
@@ -324,8 +322,7 @@ class AdaptiveLength:
         """Decide about the next cycle."""
         plain_seconds, plain_tokens = self._costs[0], self._expected[0]
         if self._rate * plain_seconds > plain_tokens:
-            self._planned = self._least_known() if self._explores_in() <= 0 else None
-            self._explored = self._explored if self._planned is None else self._cycles
+            self._planned = None
             self._patience = self.SHORTEST_REST
             lost = self.LOOK * (plain_seconds - plain_tokens / self._rate) / self._costs[self._best]
             if self._work >= max(lost / self.LOOKS_LOSS, self.SHORTEST_WORK):
@@ -341,6 +338,8 @@ class AdaptiveLength:
                 self._look, self._looked = self.LOOK, True
         if self._look:
             self._look, self._planned = self._look - 1, 0
+        elif self._planned is None and self._explores_in() <= 0:
+            self._planned, self._explored = self._least_known(), self._cycles
 
     def _explores_in(self) -> int:
         """Cycles until the next one that explores."""

@@ -77,7 +77,7 @@ def test_coasts_with_as_many_as_fill_the_best_number_of_blocks(stands, drafts):
     assert max(range(1, AdaptiveLength.LONGEST + 1), key=per_second) == drafts
     seen, _ = decode((stands, stands), 1000, judging=0.05)
     assert share_judged(seen[300:]) < 0.35
-    assert all(per_second(k) > 0.97 * per_second(drafts) for k, judged in seen[300:] if not judged)
+    assert {drafted for drafted, judged in seen[300:] if not judged} == {drafts}
 
 
 @pytest.mark.parametrize("seed", range(3))

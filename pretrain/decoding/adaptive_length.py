@@ -42,7 +42,8 @@ class AdaptiveLength:
     A cycle's first token is the target's own and never refused, and best spent on one that is hard to foresee. So a
     cycle drafts LEAST, unless fewer in every cycle are as good: cut short, it leaves the next one's first token to what
     could be foreseen, and the texts of a batch fall out of step. And where it gains less than its own time to judge
-    each draft, LEAST are drafted without, or fewer; of one text as many as are clearly better: `Coasting`.
+    each draft, LEAST are drafted without, or fewer; of one text as many as are clearly better, or, where nothing
+    foretells what stands, as are the best: `Coasting`.
 
     Each decision falls before the draft is drawn, and is made from earlier ones alone; so it cannot depend on what it
     decides about, and the sampled distribution stays exact. It depends on the clock, so with temperature > 0 a seed
@@ -384,7 +385,8 @@ class AdaptiveLength:
         own.blind = self._texts == 1 and not self._acceptance.anything_foretells
         own.saw_best(self._per_second(self._best) / self._per_second(self._few))
         alone = self._texts == 1 and decides is own  # a batch's best number changes with which of its texts lag
-        self._fixed = max(self._best, 1) if alone and not own.is_nearly_best else self._few
+        # Where nothing foretells a draft, nothing speaks for few.
+        self._fixed = max(self._best, 1) if alone and (own.blind or not own.is_nearly_best) else self._few
         pays = self._rate * self._costs[0] > self._expected[0]
         may = pays and (alone or decides.is_nearly_best)
         self._coasts = self._planned is None and may and decides.coasts

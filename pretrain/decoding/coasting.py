@@ -34,7 +34,7 @@ class Coasting:
 
     def __init__(self, texts: int) -> None:
         self.coasts = False  # in the next cycle
-        self.blind = False  # nothing tells one draft from another, so that judging them gains nothing
+        self.blind = False  # nothing tells one draft from another: judging them gains nothing, and is not tried
         # Of judged cycles.
         self._tokens = self._gained = self._known = 0.0
         self._blocks = 0
@@ -160,7 +160,7 @@ class Coasting:
         if self.coasts != (self.worth > 0.0):
             self._turn()
             self._rest = self._until_trial()
-        elif self._rest <= 0.0:
+        elif self._rest <= 0.0 and not (self.blind and self.coasts):
             self._turn()
 
     def _until_trial(self) -> float:

@@ -98,8 +98,8 @@ def test_asks_how_confident_drafts_are_only_where_that_tells(tells, texts):
             drafted += 1
         chances = [(0.98 if each else 0.5) if tells else 0.75 for each in sure]
         stood = [next((i for i in range(drafted) if chance.random() >= each), drafted) for each in chances]
-        if cycle >= 600 and rule._planned is None:
-            judged, asked = judged + 1, asked + bool(rule._bins)
+        if cycle >= 600 and (rule._planned is None or not tells):  # where nothing tells, one text alone coasts
+            judged, asked = judged + 1, asked + rule._asks
         rule.saw_cycle(stood, [drafted] * texts, [0.15] * drafted, 1.0)
     assert judged > 200
     assert asked > 0.85 * judged if tells else 0 < asked < 1.5 * judged / (rule.SAMPLE_EVERY * texts)

@@ -57,9 +57,9 @@ from pretrain.evals.subject import open_data, open_subject
 WAYS: tuple[int | str, ...] = (0, *range(1, 11), "auto")
 TINY = {"layers": 1, "width": 32, "heads": 2, "mlp_width": 64, "vocabulary": 300, "dynamics_width": 32}
 PROMPT, WINDOWS = 20, 4  # tokens of a prompt; and prompts of one text, at most
-TEXTS = {1: 4, 8: 8}  # of a round, by how many are decoded at a time
+TEXTS = 8  # of a round, decoded together or one by one
 FEWER_TEXTS = 2  # of a round, one at a time, where that is slow
-WARM_UP, LEARNS = 6, 3  # texts that are not timed, and how often auto decodes them; others the first of them, once
+WARM_UP, LEARNS = 8, 3  # texts that are not timed, and how often auto decodes them; others the first of them, once
 
 
 @dataclass
@@ -270,7 +270,7 @@ def run(export: Export, prompts: dict[str, list[list[int]]], arguments: argparse
 
         step = draft_with_latent_dynamics(export.model, export.dynamics)  # type: ignore[arg-type]  # checked in main
         for row in trained:
-            follow(row, export.model, step, TEXTS[row.batch])
+            follow(row, export.model, step, TEXTS)
         if arguments.trained:
             return trained
         shares = trained[0].total(10).acceptance_by_position
@@ -278,7 +278,7 @@ def run(export: Export, prompts: dict[str, list[list[int]]], arguments: argparse
         model, dynamics = random_model(TINY if arguments.tiny else GPT2, PROMPT + tokens, export.model.device)
         for row in simulated:
             oracle = SetAcceptance(draft_with_latent_dynamics(model, dynamics), shares)
-            follow(row, model, oracle, TEXTS[row.batch] if row.batch > 1 else FEWER_TEXTS)
+            follow(row, model, oracle, TEXTS if row.batch > 1 else FEWER_TEXTS)
     return [*trained, *simulated]
 
 
@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     if export.dynamics is None or export.tokenizer is None:
         raise UserError(f"{arguments.export}: give an export that has a latent dynamics model (nextlat/)")
     length = min(PROMPT, export.model.config.max_position_embeddings - arguments.tokens)
-    count = WARM_UP + arguments.rounds * max(TEXTS.values())
+    count = WARM_UP + arguments.rounds * TEXTS
     prompts = prompts_by_domain(export, open_data(subject, arguments.data), count, length)
     on_cpu = export.model.device.type == "cpu"
     threads = torch.get_num_threads()

@@ -47,11 +47,11 @@ def head(rows: list[Row], export: Export, arguments: argparse.Namespace) -> list
         "",
         f"The trained model: {model.num_hidden_layers} layers, width {model.hidden_size}, V = {model.vocab_size:,}, "
         f"p_ψ's inner width {export.dynamics.input.out_features if export.dynamics else 0}. Its prompts are of code "
-        f"and prose (docstrings) from validation documents, a round's 8 decoded together or 4 one by one, "
+        f"and prose (docstrings) from validation documents, a round's 8 decoded together or one by one, "
         f"{arguments.tokens} new tokens, half as many without a cache. "
         + ("" if arguments.trained else other_trunk(rows[-1].tokens))
         + "Before it is timed, every way decodes "
-        "another text or batch, and auto six texts three times.",
+        "another text or batch, and auto eight texts three times: batches as large as it is timed with.",
         "",
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -51,9 +52,20 @@ class CapturedStep:
         return self._graphs[case](state_BD, token_B)
 
     def _capture(self, state_BD: Tensor, token_B: Tensor) -> _Graph:
-        inputs = state_BD.clone(), token_B.clone()
-        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(False):  # else only inference mode may write to them, in all steps to come
+            inputs = state_BD.clone(), token_B.clone()
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(state_BD.device)
         # What other threads do on the GPU meanwhile is their own affair.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = self.launched(*inputs)
         return _Graph(graph, inputs, outputs)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one that graphs of a GPU are captured on: torch's own is of the GPU that is current when it is first used.
+
+    What runs on another GPU than the stream's is not captured, and a graph without it replays nothing. One for all:
+    libraries keep memory for each stream that they see.
+    """
+    return torch.cuda.Stream(device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from decoding_helpers import make_llama
 
-from pretrain.decoding import FixedLength, draft_with_latent_dynamics, generate_batch
+from pretrain.decoding import FixedLength, captured, draft_with_latent_dynamics, generate_batch
 from pretrain.decoding.captured import CapturedStep
 from pretrain.decoding.loading import Export
 
@@ -18,13 +18,13 @@ class PretendedGraphs:
     """What torch.cuda's graphs do, on a CPU: a replay computes from the captured inputs into the captured outputs."""
 
     def __init__(self, step):
-        self.step, self.captures, self.replays = step, [], 0
-        self._graph = None
+        self.step, self.captures, self.replays, self.streams = step, [], 0, []
+        self._graph = self._captured_on = None
 
     def __call__(self, state_BD, token_B):
         """The step, seen while it is captured."""
         outputs = self.step(state_BD, token_B)
-        if self._graph is not None:
+        if self._graph is not None and state_BD.device == self._captured_on:  # other GPUs' work is not captured
             self._graph.inputs, self._graph.outputs = (state_BD, token_B), outputs
             self.captures.append(len(state_BD))
         return outputs
@@ -35,14 +35,19 @@ class PretendedGraphs:
         class Graph:
             def replay(self):
                 owner.replays += 1
-                for place, value in zip(self.outputs, owner.step(*self.inputs), strict=True):
-                    place.copy_(value)
+                with torch.inference_mode():  # a replay knows nothing of modes
+                    for place, value in zip(self.outputs, owner.step(*self.inputs), strict=True):
+                        place.copy_(value)
 
         return Graph()
 
+    def Stream(self, device):
+        self.streams.append(device)
+        return device
+
     @contextmanager
-    def graph(self, graph, capture_error_mode):
-        self._graph = graph
+    def graph(self, graph, stream, capture_error_mode):
+        self._graph, self._captured_on = graph, stream
         yield
         self._graph = None
 
@@ -54,7 +59,10 @@ def pretended(monkeypatch):
     graphs = PretendedGraphs(draft_with_latent_dynamics(model, dynamics))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graphs.CUDAGraph)
     monkeypatch.setattr(torch.cuda, "graph", graphs.graph)
-    return model, graphs
+    monkeypatch.setattr(torch.cuda, "Stream", graphs.Stream)
+    captured._capture_stream.cache_clear()
+    yield model, graphs
+    captured._capture_stream.cache_clear()
 
 
 def test_a_replay_gives_what_the_step_gives_and_leaves_earlier_results_alone(pretended):
@@ -71,8 +79,20 @@ def test_a_replay_gives_what_the_step_gives_and_leaves_earlier_results_alone(pre
             assert all(map(torch.equal, inputs, kept))
     for mine, right in zip(given, expected, strict=True):
         assert all(map(torch.equal, mine, right))
-    assert graphs.captures == [2, 3]
+    assert graphs.captures == [2, 3] and graphs.streams == [torch.device("cpu")]
     assert graphs.replays == 12 - 2 * CapturedStep.EAGER
+
+
+def test_what_was_captured_in_inference_mode_is_replayed_outside_it_too(pretended):
+    model, graphs = pretended
+    step = CapturedStep(graphs, model.lm_head.weight)
+    state_BD, token_B = torch.randn(2, 32, dtype=torch.float64), torch.tensor([3, 4])
+    with torch.inference_mode():
+        for _ in range(CapturedStep.EAGER + 1):
+            expected = step(state_BD, token_B)
+    with torch.no_grad():
+        assert all(map(torch.equal, step(state_BD, token_B), expected))
+    assert graphs.replays == 2
 
 
 def test_weights_that_have_moved_are_captured_again(pretended):
@@ -110,13 +130,14 @@ def test_a_step_is_kept_for_each_draft_vocabulary_as_its_graphs_are_with_it():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("vocabulary", [None, [5, 2, 3]])
 def test_on_a_gpu(vocabulary):
-    model, dynamics = (module.cuda().double() for module in make_llama())
-    captured = draft_with_latent_dynamics(model, dynamics, vocabulary)
-    assert isinstance(captured, CapturedStep)
+    last = torch.device("cuda", torch.cuda.device_count() - 1)  # of several not the current one
+    model, dynamics = (module.to(last).double() for module in make_llama())
+    step = draft_with_latent_dynamics(model, dynamics, vocabulary)
+    assert isinstance(step, CapturedStep)
     prompts = [[1, 2, 3], [4], [5, 6], [2, 2]]
     counted = [
         generate_batch(model, prompts, 40, draft_step=each, draft_length=FixedLength(3))
-        for each in (captured, captured.launched)
+        for each in (step, step.launched)
     ]
     assert counted[0][0] == counted[1][0] and counted[0][1].accepted == counted[1][1].accepted
-    assert captured._graphs
+    assert step._graphs

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from decoding_helpers import make_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.decoding import FixedLength, captured, draft_with_latent_dynamics, generate_batch
 from pretrain.decoding.captured import CapturedStep
@@ -118,6 +119,30 @@ def test_texts_of_a_batch_are_those_of_the_plain_step(pretended):
     ]
     assert counted[0][0] == counted[1][0]
     assert counted[0][1].accepted == counted[1][1].accepted > 10 and graphs.replays > 10
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("vocabulary", [None, [5, 2, 3]])
+def test_a_step_does_nothing_that_a_capture_refuses(vocabulary):
+    model, dynamics = make_llama()
+    step = draft_with_latent_dynamics(model, dynamics, vocabulary)
+    inputs = torch.randn(2, 32), torch.tensor([3, 4])
+    with torch.inference_mode(), Operations() as operations:
+        step(*inputs)
+    # Values of the GPU that the host waits for, shapes that depend on them, and what comes from the host's memory.
+    refused = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "lift_fresh", "_to_copy", "scalar_tensor"}
+    assert {"index", "linear"} < set(operations.names) and not refused & set(operations.names)
 
 
 def test_a_step_is_kept_for_each_draft_vocabulary_as_its_graphs_are_with_it():

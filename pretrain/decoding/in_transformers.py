@@ -142,8 +142,16 @@ def _drafting(model: Any, length: int | str, vocabulary: int | None) -> tuple[Dr
 
 
 def _drafter(model: Any) -> _Drafter:
-    """That of this model, made at its first use. ValueError where there is no p_ψ beside the model's weights."""
-    if model not in _drafters:
+    """That of this model, made at its first use, and anew where it was moved or cast since.
+
+    ValueError where there is no p_ψ beside the model's weights, or where those are on several devices.
+    """
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model is on {' and '.join(devices)}; drafting needs it on one, as with device_map='cuda:0'"
+        )
+    if model not in _drafters or not _is_like(_drafters[model].dynamics, model):
         shape, weights = (_beside(model, f"nextlat/{name}") for name in ("config.json", "model.safetensors"))
         dynamics = load_dynamics(shape.parent, model.dtype) if shape and weights else None
         if dynamics is None:
@@ -153,6 +161,12 @@ def _drafter(model: Any) -> _Drafter:
             )
         _drafters[model] = _Drafter(dynamics.to(model.device), AdaptiveLength(), {})
     return _drafters[model]
+
+
+def _is_like(dynamics: LatentDynamics, model: Any) -> bool:
+    """Is p_ψ of the model's device and type?"""
+    weight = next(dynamics.parameters())
+    return weight.device == model.device and weight.dtype == model.dtype
 
 
 def _most_frequent(model: Any, count: int | None) -> list[int] | None:

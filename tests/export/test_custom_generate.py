@@ -54,6 +54,22 @@ def test_greedy_text_equals_that_of_plain_generate(model, folder, draft_length):
         assert torch.equal(generate(model, folder, ids, max_new_tokens=30, draft_length=draft_length), plain)
 
 
+def test_a_model_that_was_moved_or_cast_after_its_first_text_drafts_on(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[256, 100, 101, 102]])
+    generate(model, folder, ids, max_new_tokens=8)
+    model = model.double()
+    plain = model.generate(ids, do_sample=False, max_new_tokens=30)
+    assert torch.equal(generate(model, folder, ids, max_new_tokens=30), plain)
+
+
+def test_a_model_on_several_devices_is_refused(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.lm_head = model.lm_head.to("meta")  # as device_map="auto" puts it on another GPU
+    with pytest.raises(ValueError, match="on cpu and meta; drafting needs it on one"):
+        generate(model, folder, torch.tensor([[256, 100]]), max_new_tokens=8)
+
+
 def test_a_left_padded_batch_equals_plain_generate(model, folder):
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token

@@ -146,11 +146,10 @@ def _drafter(model: Any) -> _Drafter:
 
     ValueError where there is no p_ψ beside the model's weights, or where those are on several devices.
     """
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
-        raise ValueError(
-            f"the model is on {' and '.join(devices)}; drafting needs it on one, as with device_map='cuda:0'"
-        )
+        names = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"the model is on {names}; drafting needs it on one, as with device_map='cuda:0'")
     if model not in _drafters or not _is_like(_drafters[model].dynamics, model):
         shape, weights = (_beside(model, f"nextlat/{name}") for name in ("config.json", "model.safetensors"))
         dynamics = load_dynamics(shape.parent, model.dtype) if shape and weights else None

@@ -66,6 +66,17 @@ def pretended(monkeypatch):
     captured._capture_stream.cache_clear()
 
 
+def captured_step(model, graphs):
+    """A step that has just been captured, in inference mode; its inputs, and what it gave."""
+    step = CapturedStep(graphs, model.lm_head.weight)
+    inputs = torch.randn(2, 32, dtype=torch.float64), torch.tensor([3, 4])
+    with torch.inference_mode():
+        for _ in range(CapturedStep.EAGER + 1):
+            given = step(*inputs)
+    assert graphs.captures == [2]
+    return step, inputs, given
+
+
 def test_a_replay_gives_what_the_step_gives_and_leaves_earlier_results_alone(pretended):
     model, graphs = pretended
     step = CapturedStep(graphs, model.lm_head.weight)
@@ -86,28 +97,20 @@ def test_a_replay_gives_what_the_step_gives_and_leaves_earlier_results_alone(pre
 
 def test_what_was_captured_in_inference_mode_is_replayed_outside_it_too(pretended):
     model, graphs = pretended
-    step = CapturedStep(graphs, model.lm_head.weight)
-    state_BD, token_B = torch.randn(2, 32, dtype=torch.float64), torch.tensor([3, 4])
-    with torch.inference_mode():
-        for _ in range(CapturedStep.EAGER + 1):
-            expected = step(state_BD, token_B)
+    step, inputs, expected = captured_step(model, graphs)
     with torch.no_grad():
-        assert all(map(torch.equal, step(state_BD, token_B), expected))
+        assert all(map(torch.equal, step(*inputs), expected))
     assert graphs.replays == 2
 
 
 def test_weights_that_have_moved_are_captured_again(pretended):
     model, graphs = pretended
-    step = CapturedStep(graphs, model.lm_head.weight)
-    state_BD, token_B = torch.randn(2, 32, dtype=torch.float64), torch.tensor([3, 4])
+    step, inputs, _ = captured_step(model, graphs)
     with torch.inference_mode():
-        for _ in range(CapturedStep.EAGER + 1):
-            step(state_BD, token_B)
-        assert graphs.captures == [2]
         model.lm_head.weight.data = 2.0 * model.lm_head.weight
         for _ in range(CapturedStep.EAGER + 1):
-            moved = step(state_BD, token_B)
-        assert graphs.captures == [2, 2] and torch.equal(moved[1], graphs.step(state_BD, token_B)[1])
+            moved = step(*inputs)
+        assert graphs.captures == [2, 2] and torch.equal(moved[1], graphs.step(*inputs)[1])
 
 
 def test_texts_of_a_batch_are_those_of_the_plain_step(pretended):

@@ -68,11 +68,12 @@ def other_trunk(tokens: int) -> str:
 
 def speeds(rows: list[Row]) -> list[str]:
     """Speed-ups: every way of every row."""
+    counts = " and ".join(f"{len(row.rounds[0])} ({row.trunk})" for row in {row.trunk: row for row in rows}.values())
     lines = [
         "## Speed over plain decoding",
         "",
-        f"Medians of rounds ({len(rows[0].rounds[0])}), each of which decodes texts of its own in every way. **Best**: "
-        "the fastest fixed length, none (1.00) included, known only afterwards. **auto ÷ best**: against the length "
+        f"Medians of rounds, {counts}, each of which decodes texts of its own in every way. **Best**: the "
+        "fastest fixed length, none (1.00) included, known only afterwards. **auto ÷ best**: against the length "
         "that was fastest for the other rounds' texts, as the fastest for a round's own is so by luck too; geometric "
         "mean of the rounds ± its standard error. Rows without a cache, batch 1, greedy, are the paper's definition of "
         "speed-up, where its draft length is our k + 1; rows with one are what a user feels.",

@@ -15,6 +15,7 @@ from pretrain.decoding.acceptance import Acceptance
 from pretrain.decoding.coasting import Coasting
 from pretrain.decoding.cycle import Cycle, Cycles
 from pretrain.decoding.seconds import Seconds
+from pretrain.decoding.stragglers import Stragglers
 from pretrain.decoding.text_worth import TextWorth
 
 
@@ -29,16 +30,18 @@ class AdaptiveLength:
 
     which for k ≥ 1 is corrected by what cycles with drafts have achieved of what they were to achieve.
     Where that is k = 0 it decodes plainly, and no draft step runs: but for a trial now and then, ever more seldom,
-    until what trials lose is LOSS of the time. A trial that gains is followed at once by one twice as long. Else it
-    looks at plain decoding now and then, for LOOKS_LOSS of the time, and a cycle with j drafts, which are still alive
-    with chances s (one of each text), drafts on if for any m ≥ 1 the tokens to be hoped for are worth their time,
+    until what trials lose is LOSS of the time. One that gains is followed at once by another, twice as long if WHOLE of
+    its drafts stood. Else it looks at plain decoding now and then, for LOOKS_LOSS of the time, and a cycle with j
+    drafts, which are still alive with chances s (one of each text), drafts on if for any m ≥ 1 the tokens to be hoped
+    for are worth their time,
 
         Σ w · s · a' · (1 + a_{j+2} + … + a_{j+2} ⋯ a_{j+m})  >  r · (C(j + m) − C(j)),
 
     the stopping rule that maximises the long-run rate (renewal-reward theorem). s is the product of the acceptance of
     such drafts, by their tokens and their confidence, where those foretell it, and a' is a_{j+1}, as far as nothing is
     known of drafts after the same token: see `Acceptance`. The weights w tell what a token of each text is worth:
-    `TextWorth`; the a_i are weighted so too.
+    `TextWorth`; the a_i are weighted so too. Of the drafts of a batch, which goes on for its slowest text, a share
+    counts: `Stragglers`.
     A cycle's first token is the target's own and never refused, and best spent on one that is hard to foresee. So a
     cycle drafts LEAST, unless fewer in every cycle are as good: cut short, it leaves the next one's first token to what
     could be foreseen, and the texts of a batch fall out of step. And where it gains less than its own time to judge
@@ -58,12 +61,14 @@ class AdaptiveLength:
     NEAR = 1.6  # speed-up over a cold plain cycle, below which a warm one must be known
     SHORTEST_WORK = 128  # cycles with drafts between two looks
     SHORTEST_REST, LONGEST_REST = 16, 512  # plain cycles between two trials
+    WHOLE = 0.9  # of a trial's drafts
     LONGER = 2  # drafts that a trial, or an exploring cycle, has more than what is thought best
     EXPLORE, EXPLORE_EVERY = 8, 96  # cycles, one of which shows what a length costs that was seen less than
     TIMES = 3  # times, or not lately,
     PROMISING = 0.7  # and is thought to be so many times as fast as the best, or faster
     LEARN_EVERY = 4  # cycles: a small model's take less than a millisecond
     ESTIMATE_EVERY = 8  # judged cycles: what is expected of one changes more slowly than what is known of tokens
+    PLAIN_ESTIMATE_EVERY = 16  # plain cycles: of drafts they tell nothing
     NEW = 8  # cycles of so many texts as never before, each of which is learned from at once
     SAMPLE_EVERY = 8  # cycles of those that coast: one is observed, to learn from it as from others
     TAIL = 48  # cycles, after a text left, that so many texts coast where more did: mostly too few to learn anything
@@ -78,6 +83,7 @@ class AdaptiveLength:
         self._rest_seconds = Seconds()  # of a cycle
         self._acceptance = Acceptance(longest)
         self._text_worth = TextWorth()
+        self._stragglers = Stragglers()
         self._coasting: dict[int, Coasting] = {}  # by number of texts: see `_size`
         self._batch, self._shrank = 1, -self.TAIL  # texts the batch began with, and the cycle when one left last
         self._cycles, self._texts = 0, 1
@@ -100,6 +106,8 @@ class AdaptiveLength:
         self._least = 1  # drafts of a judged cycle, at least
         self._few = self._fixed = 1  # of one that coasts, if none is much better; and whether or not one is
         self._achieved = [0.0, 0.0]  # tokens of the last cycles with drafts, and those that were expected of them
+        self._stands: list[float] = []  # of each text, of 0 … longest drafts
+        self._share = 1.0  # of those, that counts in the end: see `Stragglers`
         self._expected: list[float] = []
         self._costs: list[float] = []
         self._demanded: dict[int, float] = {}  # see `_demand`
@@ -144,7 +152,9 @@ class AdaptiveLength:
             self._coasted.add(accepted, draft_seconds, rest)
             over = self._coasted.number >= self._block_left
         else:
-            over = self._planned is not None or self._new > 0 or self._cycles % self.LEARN_EVERY == 0
+            rests = self._planned == 0 and not self._look and self._rest > self.LEARN_EVERY
+            judges = self._planned is None
+            over = not (rests or judges) or self._new > 0 or self._cycles % self.LEARN_EVERY == 0
             self._new -= 1
         if not self._coasts or self._observes:
             self._texts, steps, seconds = len(accepted), len(draft_seconds), sum(draft_seconds)
@@ -171,12 +181,14 @@ class AdaptiveLength:
     def _begin_cycle(self, left: list[int], longest: int) -> None:
         texts = len(left)
         others = self._are_others(left, longest)
-        self._rest_seconds.length, self._left = longest, max(left)
         if others:
+            self._end_batch()
             self._text_worth.begin(left, self._cycles)
+            self._stragglers.begin(texts, max(left), self._cycles)
             self._batch, self._shrank = texts, -self.TAIL
         elif texts < self._texts:
             self._shrank = self._cycles
+        self._rest_seconds.length, self._left = longest, max(left)
         if self._estimated_for and (others or self._estimated_for != texts):
             self._begin_with(left)
         samples = (self._coasted.number if self._coasts else self._cycles) % (self.SAMPLE_EVERY * texts) == 0
@@ -184,7 +196,8 @@ class AdaptiveLength:
         self._asks = self._observes and (samples or self._acceptance.foretells)
         if self._coasts and not self._observes:
             return  # most cycles are such, and what they do takes no time
-        self._worth = self._text_worth.of_each(left, self._cycles)
+        if self._planned != 0 or len(self._worth) != texts:
+            self._worth = self._text_worth.of_each(left, self._cycles)
         self._tokens, self._bins, self._alive, self._followed = [], [], [1.0] * texts, 0
 
     def _are_others(self, left: list[int], longest: int) -> bool:
@@ -192,6 +205,11 @@ class AdaptiveLength:
         if max(left) > self._left or len(left) > self._texts:
             return True
         return longest < self._rest_seconds.length and len(left) == self._texts
+
+    def _end_batch(self) -> None:
+        if self._estimated_for:
+            self._take_in()
+            self._stragglers.end(self._left, self._cycles, self._text_worth.shared)
 
     def _begin_with(self, left: list[int]) -> None:
         """A cycle of other texts than the last, or of those of them that are left: costs and rate are others.
@@ -201,6 +219,7 @@ class AdaptiveLength:
         """
         self._take_in()
         texts = len(left)
+        self._text_worth.shared = self._rest_seconds.shared(texts, self._best)
         as_many, self._texts = self._texts == texts, texts
         self._worth = self._text_worth.of_each(left, self._cycles)
         self._estimate()
@@ -210,23 +229,23 @@ class AdaptiveLength:
             self._look = 0
             if not self._rest_seconds.has_about(texts):
                 self._planned, self._new = 0, self.NEW
-            elif self._rate * self._costs[0] > self._expected[0]:
+            elif self._drafting_pays:
                 self._planned = None
         self._coast()
 
     def _learn(self) -> None:
         """From the cycles seen, and decide about the next ones."""
-        last = self._seen[-1]
+        last, cycles = self._seen[-1], len(self._seen)
         self._take_in()
         if self._cycles < len(self.FIRST):
             self._planned = min(self.FIRST[self._cycles], self._longest)
             return
-        every = 1 if last.steps else self.LEARN_EVERY
+        every = 1 if last.steps else self.PLAIN_ESTIMATE_EVERY
         if last.judged and self._new <= 0:
             every = self.ESTIMATE_EVERY
         if self._texts != self._estimated_for or self._cycles % every == 0:
             self._estimate()
-        self._plan(last)
+        self._plan(last, cycles)
         self._coast()
 
     def _take_in(self) -> None:
@@ -243,6 +262,8 @@ class AdaptiveLength:
                     later = (cycle.draft_seconds - cycle.first_draft_seconds) / (steps - 1)
                     self._later_draft.add(texts, 0, later / cycle.first_draft_seconds)
                 self._acceptance.count(cycle)
+                if not cycle.coasted:
+                    self._count_for_the_batch([cycle.accepted], steps)
                 if cycle.judged:
                     self._judge(cycle)
                 if self._estimated_for == texts:
@@ -253,6 +274,7 @@ class AdaptiveLength:
             self._coasting_of(self._texts).took(coasted.number > 0, self._own / seconds)
         self._own = 0.0
         if coasted.number:
+            self._count_for_the_batch(coasted.accepted, len(coasted.draft_seconds[0]))
             self._work += coasted.number - len(self._seen)
             value, plain = coasted.value(self._worth), self._texts * coasted.seconds / self._costs[0]
             coasting = self._coasting_of(self._texts)
@@ -260,6 +282,10 @@ class AdaptiveLength:
                 coasting.expects(coasted.number * statistics.fmean(self._foregone), value)
             coasting.saw_coasted(coasted.number, value, plain)
         self._seen, self._coasted, self._foregone = [], Cycles(), []
+
+    def _count_for_the_batch(self, accepted: list[list[int]], steps: int) -> None:
+        if self._estimated_for == len(accepted[0]):
+            self._stragglers.count(accepted, self._stands[steps])
 
     def _judge(self, cycle: Cycle) -> None:
         """Note what it was worth to judge this cycle's drafts."""
@@ -274,12 +300,13 @@ class AdaptiveLength:
         # Where it made fewer, and all stood, the next ones would have by chance.
         missed = sum(itertools.accumulate(self._acceptance.at[steps:fixed], operator.mul))
         for stood, worth in zip(cycle.accepted, cycle.worth, strict=True):
-            gained += worth * (max(stood - fixed, 0) - missed * (stood == steps))
+            gained += self._share * worth * (max(stood - fixed, 0) - missed * (stood == steps))
         return gained
 
     def _compare(self, cycle: Cycle) -> None:
         """Note what a cycle with drafts gave beside what was expected of it."""
-        for i, new in enumerate((cycle.value, self._expected[cycle.steps])):
+        expected = sum(cycle.worth) * (1.0 + self._stands[cycle.steps])
+        for i, new in enumerate((cycle.value, expected)):
             self._achieved[i] = self.ACHIEVED_FADING * self._achieved[i] + new
 
     def _estimate(self) -> None:
@@ -296,15 +323,14 @@ class AdaptiveLength:
         self._costs = [seconds + (first + (k - 1) * another if k else 0.0) for k, seconds in enumerate(rest)]
         self._demanded = {}
         self._estimated_for, self._best, self._rate = self._texts, 0, 0.0
-        tokens = alive = sum(self._worth)
-        self._expected = [tokens]
-        for k, chance in enumerate(self._acceptance.at, start=1):
-            alive *= chance
-            tokens += alive
-            self._expected.append(tokens)
+        self._stands = [0.0, *itertools.accumulate(itertools.accumulate(self._acceptance.at, operator.mul))]
+        self._share = self._stragglers.share(self._left)
+        worth = sum(self._worth)
+        self._expected = [worth * (1.0 + self._share * stand) for stand in self._stands]
+        for k in range(1, self._longest + 1):
             reached = self._acceptance.was_seen(max(k - 3, 0))  # no more than two beyond what was seen lately
-            if reached and tokens > self._rate * self._costs[k]:
-                self._best, self._rate = k, tokens / self._costs[k]
+            if reached and self._per_second(k) > self._rate:
+                self._best, self._rate = k, self._per_second(k)
         achieved, expected = self._achieved
         trusted = self.TRUST * self._expected[self._best]
         self._rate *= (achieved + trusted) / (expected + trusted)
@@ -313,23 +339,26 @@ class AdaptiveLength:
         self._least = few if more > self.CLEARLY * one else 1
         # Where they are about as good, to coast with more shows as much as judging does, and takes no time.
         self._few = few if self.CLEARLY * more > one else 1
-        self._text_worth.shared = self._rest_seconds.shared(self._texts, self._best)
+
+    @property
+    def _drafting_pays(self) -> bool:
+        return self._rate > self._per_second(0)
 
     def _per_second(self, drafts: int) -> float:
         """Tokens, of so many drafts in every cycle."""
         return self._expected[drafts] / self._costs[drafts]
 
-    def _plan(self, last: Cycle) -> None:
-        """Decide about the next cycle."""
+    def _plan(self, last: Cycle, cycles: int) -> None:
+        """Decide about the next cycle, after so many that were learned from, and the last of them."""
         plain_seconds, plain_tokens = self._costs[0], self._expected[0]
-        if self._rate * plain_seconds > plain_tokens:
+        if self._drafting_pays:
             self._planned = None
             self._patience = self.SHORTEST_REST
             lost = self.LOOK * (plain_seconds - plain_tokens / self._rate) / self._costs[self._best]
             if self._work >= max(lost / self.LOOKS_LOSS, self.SHORTEST_WORK):
                 self._look = self.LOOK
         else:
-            self._rest_or_try(last, plain_seconds)
+            self._rest_or_try(last, cycles, plain_seconds)
         if not self._rest_seconds.has_about(self._texts):
             self._look = 1
         elif not self._look and self._rate * plain_seconds < self.NEAR * plain_tokens:
@@ -355,20 +384,24 @@ class AdaptiveLength:
         candidates = [k for k in lengths if abs(k - best) <= 1 or self._per_second(k) >= enough]
         return min(candidates, key=lambda k: self._rest_seconds.known(self._texts, k, self.TIMES))
 
-    def _rest_or_try(self, last: Cycle, plain_seconds: float) -> None:
+    def _rest_or_try(self, last: Cycle, cycles: int, plain_seconds: float) -> None:
         """Drafts do not pay: is the next cycle a trial of them?"""
         if last.steps:
-            lost = last.seconds - last.made / self._texts * plain_seconds
+            stood, shared = sum(last.accepted) / self._texts, self._text_worth.shared
+            # Of one cycle alone the last text has what stood of the worst.
+            gained = (1.0 - shared) * stood + shared * min(last.accepted)
+            lost = last.seconds - (1.0 + gained) * plain_seconds
             self._rest = max(min(int(lost / (self.LOSS * plain_seconds)), self._patience), self.SHORTEST_REST)
             self._patience = min(2 * self._patience, self.LONGEST_REST)
-            if lost < 0:  # an easier text may have begun
+            if last.seconds < (1.0 + self._share * stood) * plain_seconds:  # an easier text may have begun
                 self._rest, self._patience = 0, self.SHORTEST_REST
         else:
-            self._rest -= 1
+            self._rest -= cycles
         if self._rest > 0:
             self._planned = 0
         elif last.steps:
-            self._planned = min(2 * last.steps, self._longest)
+            whole = sum(last.accepted) >= self.WHOLE * last.steps * self._texts
+            self._planned = min(2 * last.steps, self._longest) if whole else self._best
         else:
             self._trials += 1
             # What longer ones cost is a guess until it is tried, and may be a bad one.
@@ -387,8 +420,7 @@ class AdaptiveLength:
         alone = self._texts == 1 and decides is own  # a batch's best number changes with which of its texts lag
         # Where nothing foretells a draft, nothing speaks for few.
         self._fixed = max(self._best, 1) if alone and (own.blind or not own.is_nearly_best) else self._few
-        pays = self._rate * self._costs[0] > self._expected[0]
-        may = pays and (alone or decides.is_nearly_best)
+        may = self._drafting_pays and (alone or decides.is_nearly_best)
         self._coasts = self._planned is None and may and decides.coasts
         if self._coasts:
             block = own.left if decides is own else Coasting.BLOCK
@@ -420,7 +452,7 @@ class AdaptiveLength:
         return most
 
     def _hoped(self, drafted: int, left: list[int]) -> float:
-        """Σ w · s · a'."""
+        """Σ w · s · a', as far as it counts in the end."""
         acceptance = self._acceptance
         for position in range(self._followed, drafted):
             bins = self._bins[position] if self._asks else None
@@ -431,7 +463,7 @@ class AdaptiveLength:
         for n, worth, alive, token in zip(left, self._worth, self._alive, self._tokens[drafted], strict=True):
             if n:
                 hoped += worth * alive * acceptance.after(token, chance)
-        return hoped
+        return self._share * hoped
 
     def _demand(self, drafted: int) -> float:
         """The least over m of what is to be hoped for of one draft: each one after the next adds its chance."""

@@ -62,6 +62,14 @@ def test_a_trial_that_gains_is_followed_at_once_by_one_twice_as_long():
     assert mean_late(lengths[first : first + 80]) > 8
 
 
+def test_a_trial_that_gains_by_luck_is_not_followed_by_ever_longer_ones():
+    """A draft gives half a token and takes 0.55 of a cycle's seconds: of eight texts many a cycle gains, none pays."""
+    for seed in range(3):
+        lengths, _ = run(lambda _: 0.5, 2000, 0.3, lambda k: 1.0 + 0.25 * k, texts=8, seed=seed)
+        assert lengths.count(0) > 1000 and len(lengths) - lengths.count(0) > 20
+        assert max(lengths[50:]) <= 1 + AdaptiveLength.LONGER
+
+
 @pytest.mark.parametrize("vocabulary", [1, 50, 4096])
 def test_stops_where_a_position_is_never_accepted(vocabulary):
     """However often each token came before, after which drafts stood at other positions."""
@@ -268,7 +276,9 @@ def test_a_smaller_batch_is_decided_about_anew():
 
 
 def test_a_look_ends_with_the_batch():
-    _, rule = run(lambda _: 0.75, 80, 0.1, step_up, texts=8)
+    rule = AdaptiveLength()
+    for cycle in range(80):
+        run(lambda _: 0.75, 1, 0.1, step_up, rule=rule, texts=8, seed=cycle, left=1000 - 3 * cycle)
     for cycle in range(200):
         run(lambda _: 0.75, 1, 0.1, step_up, rule=rule, seed=cycle)
         if cycle > 20 and rule._look >= 4:

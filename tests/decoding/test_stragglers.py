@@ -6,7 +6,7 @@ import random
 import statistics
 
 import pytest
-from draft_length_helpers import CONFIDENT, NO_CHANCES
+from draft_length_helpers import CONFIDENT, NO_CHANCES, mean_late, run
 
 from pretrain.decoding import AdaptiveLength
 from pretrain.decoding.stragglers import Stragglers
@@ -15,15 +15,18 @@ ROOM = 240
 
 
 def decode(stragglers: Stragglers, chances: list[float], expected: float, shared: float, began: int = 0) -> int:
-    """Texts of which each cycle's one draft stands with these chances, as they would on average; cycles at the end."""
+    """Texts of which each cycle's one draft stands in these shares of cycles; how many cycles there are at the end.
+
+    Of all texts `expected` is expected, and of those that are left what is to count nothing.
+    """
     left, stood, cycles = [float(ROOM)] * len(chances), [0.0] * len(chances), began
-    stragglers.begin(len(chances), ROOM, began)
-    last = 0
+    texts, last = len(chances), 0
+    stragglers.begin(texts, ROOM, began)
     while left:
         last = round(max(left))
         stood = [owed + chance for owed, chance in zip(stood, chances, strict=True)]
         accepted = [int(owed) for owed in stood]
-        stragglers.count([accepted], expected)
+        stragglers.count([accepted], expected if len(accepted) == texts else 9.0)
         left = [n - 1 - each for n, each in zip(left, accepted, strict=True)]
         stays = [n > 0 for n in left]
         stood = [owed - each for owed, each, stay in zip(stood, accepted, stays, strict=True) if stay]
@@ -84,6 +87,13 @@ def test_what_was_learned_is_forgotten_where_no_batch_drafts():
         shares.append(stragglers.share(ROOM))
         stragglers.end(0, 1000 * number + ROOM, 1.0)
     assert shares[0] < 0.1 and shares == sorted(shares) and shares[-1] > 0.6
+
+
+def test_a_judged_draft_counts_by_the_same_share(monkeypatch):
+    """0.3 · 0.9^k tokens of a text are worth 0.05 seconds at 1.84 a second up to k = 11, and 0.9^k up to any k."""
+    monkeypatch.setattr(Stragglers, "share", lambda *_: 0.3)
+    lengths, _ = run(lambda _: 0.9, 600, 0.05, texts=8)
+    assert 9.0 < mean_late(lengths) < 13.5
 
 
 def seconds_of_batches(rule: AdaptiveLength, seed: int) -> list[float]:

@@ -184,7 +184,8 @@ class AdaptiveLength:
         if others:
             self._end_batch()
             self._text_worth.begin(left, self._cycles)
-            self._stragglers.begin(texts, max(left), self._cycles)
+            shared = self._rest_seconds.shared(texts, self._best)
+            self._stragglers.begin(texts, max(left), self._cycles, shared)
             self._batch, self._shrank = texts, -self.TAIL
         elif texts < self._texts:
             self._shrank = self._cycles
@@ -209,7 +210,7 @@ class AdaptiveLength:
     def _end_batch(self) -> None:
         if self._estimated_for:
             self._take_in()
-            self._stragglers.end(self._left, self._cycles, self._text_worth.shared)
+            self._stragglers.end(self._left, self._cycles)
 
     def _begin_with(self, left: list[int]) -> None:
         """A cycle of other texts than the last, or of those of them that are left: costs and rate are others.

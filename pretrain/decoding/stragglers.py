@@ -25,11 +25,11 @@ class Stragglers:
 
     def __init__(self) -> None:
         self._learned: dict[int, tuple[float, float]] = {}  # by size: logarithm, and what that is worth, in batches
-        self.begin(1, 0, 0)
+        self.begin(1, 0, 0, 0.0)
 
-    def begin(self, texts: int, room: int, cycles: int) -> None:
-        """Other texts, which may have so many tokens each, after so many cycles."""
-        self._texts, self._room, self._began = texts, room, cycles
+    def begin(self, texts: int, room: int, cycles: int, shared: float) -> None:
+        """Other texts, which may have so many tokens each, after so many cycles. `shared`: c of as many."""
+        self._texts, self._room, self._began, self._shared = texts, room, cycles, shared
         # Of cycles with drafts: how many, of how many texts in all, and drafts that stood.
         self._drafting = self._rows = self._stood = 0
         self._full, self._expected = 0, 0.0  # those of all texts, and drafts of a text expected to stand in them
@@ -44,8 +44,8 @@ class Stragglers:
             self._full += cycles
             self._expected += cycles * expected
 
-    def end(self, left: int, cycles: int, shared: float) -> None:
-        """The batch is over: its last text, when its last cycle began, had so many tokens to come. `shared`: c."""
+    def end(self, left: int, cycles: int) -> None:
+        """The batch is over: its last text, when its last cycle began, had so many tokens to come."""
         if self._texts == 1 or not self._room:
             return
         size = self._size(self._texts)
@@ -55,7 +55,8 @@ class Stragglers:
             return
         before_last = cycles - self._began - 1
         last = max(self._room - left - before_last, 0) / self._drafting
-        achieved = 1.0 / ((1.0 - shared) / (1.0 + self._stood / self._rows) + shared / (1.0 + last)) - 1.0
+        mean = self._stood / self._rows
+        achieved = 1.0 / ((1.0 - self._shared) / (1.0 + mean) + self._shared / (1.0 + last)) - 1.0
         share = min(max(achieved * self._full / self._expected, self.LEAST), self.MOST)
         drafted = self._drafting / (before_last + 1)
         worth *= self.FADING**drafted

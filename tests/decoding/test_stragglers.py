@@ -21,7 +21,7 @@ def decode(stragglers: Stragglers, chances: list[float], expected: float, shared
     """
     left, stood, cycles = [float(ROOM)] * len(chances), [0.0] * len(chances), began
     texts, last = len(chances), 0
-    stragglers.begin(texts, ROOM, began)
+    stragglers.begin(texts, ROOM, began, shared)
     while left:
         last = round(max(left))
         stood = [owed + chance for owed, chance in zip(stood, chances, strict=True)]
@@ -33,7 +33,7 @@ def decode(stragglers: Stragglers, chances: list[float], expected: float, shared
         chances = [chance for chance, stay in zip(chances, stays, strict=True) if stay]
         left = [n for n in left if n > 0]
         cycles += 1
-    stragglers.end(last, cycles, shared)
+    stragglers.end(last, cycles)
     return cycles
 
 
@@ -42,7 +42,7 @@ def test_a_batch_gives_what_its_last_text_lets_it(shared):
     """Of two texts one is foreseen always, the other in one of five cycles: it takes 120 cycles, and 200."""
     stragglers = Stragglers()
     decode(stragglers, [1.0, 0.2], 0.6, shared)
-    stragglers.begin(2, ROOM, 1000)
+    stragglers.begin(2, ROOM, 1000, shared)
     cycles = (1.0 - shared) * 160 + shared * 200
     assert 1.0 + 0.6 * stragglers.share(ROOM) == pytest.approx(ROOM / cycles, rel=0.01)
 
@@ -50,7 +50,7 @@ def test_a_batch_gives_what_its_last_text_lets_it(shared):
 def test_texts_that_end_together_lose_nothing():
     stragglers = Stragglers()
     decode(stragglers, [0.5] * 8, 0.5, 0.7)
-    stragglers.begin(8, ROOM, 1000)
+    stragglers.begin(8, ROOM, 1000, 0.7)
     assert stragglers.share(ROOM) == pytest.approx(1.0, abs=0.01)
 
 
@@ -58,7 +58,7 @@ def test_the_loss_is_the_less_the_longer_it_has_drafted():
     """By then it is known which text lags, and what its tokens are worth."""
     stragglers = Stragglers()
     decode(stragglers, [1.0, 0.0], 0.5, 1.0)
-    stragglers.begin(2, ROOM, 1000)
+    stragglers.begin(2, ROOM, 1000, 1.0)
     shares = []
     for left in (ROOM, ROOM // 2, 1):
         shares.append(stragglers.share(left))
@@ -66,7 +66,7 @@ def test_the_loss_is_the_less_the_longer_it_has_drafted():
     assert shares[0] < shares[1] < shares[2] and shares[2] == pytest.approx(1.0, abs=0.03)
     plain = Stragglers()
     decode(plain, [1.0, 0.0], 0.5, 1.0)
-    plain.begin(2, ROOM, 1000)
+    plain.begin(2, ROOM, 1000, 1.0)
     assert plain.share(1) == shares[0]  # where nothing was drafted no text is ahead
 
 
@@ -74,7 +74,7 @@ def test_sizes_learn_by_themselves_and_one_text_has_no_straggler():
     stragglers = Stragglers()
     decode(stragglers, [1.0, 0.0], 0.5, 1.0)
     for texts in (1, 8):
-        stragglers.begin(texts, ROOM, 1000)
+        stragglers.begin(texts, ROOM, 1000, 1.0)
         assert stragglers.share(ROOM) == 1.0
 
 
@@ -83,9 +83,9 @@ def test_what_was_learned_is_forgotten_where_no_batch_drafts():
     decode(stragglers, [1.0, 0.0], 0.5, 1.0)
     shares = []
     for number in range(60):
-        stragglers.begin(2, ROOM, 1000 * number)
+        stragglers.begin(2, ROOM, 1000 * number, 1.0)
         shares.append(stragglers.share(ROOM))
-        stragglers.end(0, 1000 * number + ROOM, 1.0)
+        stragglers.end(0, 1000 * number + ROOM)
     assert shares[0] < 0.1 and shares == sorted(shares) and shares[-1] > 0.6
 
 
@@ -116,6 +116,13 @@ def seconds_of_batches(rule: AdaptiveLength, seed: int) -> list[float]:
             longest += 1 + max(stood)
         batches.append(seconds)
     return batches
+
+
+def test_the_time_that_is_shared_is_that_of_all_texts():
+    """Of the last ones it is known too, but it was other texts that left."""
+    rule = AdaptiveLength(2, clock=lambda: 0.0)
+    seconds_of_batches(rule, 0)
+    assert rule._stragglers._shared > 0.9
 
 
 def test_drafts_little_where_the_last_text_takes_all_that_the_others_gain(monkeypatch):

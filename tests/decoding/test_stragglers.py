@@ -119,7 +119,7 @@ def seconds_of_batches(rule: AdaptiveLength, seed: int) -> list[float]:
 
 
 def test_the_time_that_is_shared_is_that_of_all_texts():
-    """Of the last ones it is known too, but it was other texts that left."""
+    """Not of the last one or two, of which as little is known here as at the beginning."""
     rule = AdaptiveLength(2, clock=lambda: 0.0)
     seconds_of_batches(rule, 0)
     assert rule._stragglers._shared > 0.9

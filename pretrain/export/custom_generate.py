@@ -24,6 +24,7 @@ from pretrain.decoding import (
     sampling,
     seconds,
     speculative,
+    stragglers,
     text_worth,
     trunk,
 )
@@ -42,6 +43,7 @@ MODULES = (
     sampling,
     seconds,
     speculative,
+    stragglers,
     text_worth,
     trunk,
 )

@@ -330,7 +330,7 @@ class AdaptiveLength:
         self._expected = [worth * (1.0 + self._share * stand) for stand in self._stands]
         for k in range(1, self._longest + 1):
             reached = self._acceptance.was_seen(max(k - 3, 0))  # no more than two beyond what was seen lately
-            if reached and self._per_second(k) > self._rate:
+            if reached and self._expected[k] > self._rate * self._costs[k]:
                 self._best, self._rate = k, self._per_second(k)
         achieved, expected = self._achieved
         trusted = self.TRUST * self._expected[self._best]
@@ -343,7 +343,7 @@ class AdaptiveLength:
 
     @property
     def _drafting_pays(self) -> bool:
-        return self._rate > self._per_second(0)
+        return self._rate * self._costs[0] > self._expected[0]  # a coarse clock may say 0
 
     def _per_second(self, drafts: int) -> float:
         """Tokens, of so many drafts in every cycle."""
